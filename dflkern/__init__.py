@@ -1,0 +1,30 @@
+"""Fused kernels for Distribution Focal Loss (DFL) and its expected-value decode.
+
+Importing this package registers operators and nothing else: it imports no Triton, builds nothing and
+asks no device.
+"""
+
+from .api import box_loss, decode_boxes, dfl_decode, dfl_loss, dfl_loss_and_decode, explain
+from .backends import use_backend
+from .geometry import bbox2dist, dfl_targets, dist2bbox, make_anchors, paired_box_iou
+from .modules import BoxLoss, DFLDecode, DFLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BoxLoss",
+    "DFLDecode",
+    "DFLoss",
+    "bbox2dist",
+    "box_loss",
+    "decode_boxes",
+    "dfl_decode",
+    "dfl_loss",
+    "dfl_loss_and_decode",
+    "dfl_targets",
+    "dist2bbox",
+    "explain",
+    "make_anchors",
+    "paired_box_iou",
+    "use_backend",
+]

@@ -1,0 +1,261 @@
+"""The public functions: checks, one operator call, reduction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments, backends, ops, reference
+from .checks import REDUCTIONS, Project, check_choice, check_weight
+from .problem import describe_tensor
+
+
+def dfl_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dim: int = -1,
+    project: Project = None,
+    margin: float = 0.01,
+    weight: Tensor | None = None,
+    reduction: str = "none",
+) -> Tensor:
+    """Distribution Focal Loss: the cross entropy of each distribution against two neighbouring bins.
+
+    With p the softmax of the logits along dim, t the target clamped to [W_0, W_{K−1} − margin], and
+    l the bin with W_l ≤ t < W_{l+1},
+
+        loss = −(1 − y) log p_l − y log p_{l+1},    y = (t − W_l) / (W_{l+1} − W_l)
+
+    The loss cannot fall below the entropy of (1 − y, y): ln 2 = 0.693 for a target half-way between
+    two bins.
+
+    Args:
+        logits: raw head output, fp16, bf16, fp32 or fp64, with K = 2 to 256 bins along dim, any
+            strides. Read in place, never changed.
+        target: the wanted position of each distribution, any float dtype, exactly the shape of
+            logits without dim, in the units of project. For boxes: the distance from anchor point
+            to side in cells, that is pixels / stride (`dfl_targets`). NaN gives a NaN loss for that
+            distribution only, ±inf is clamped.
+        dim: the axis of the bins, as in torch.softmax; 2 for a head's (B, 4, K, A).
+        project: W, the position of each bin: increasing floats, or a 1-D tensor of length K on the
+            logits' device whose values are not checked. None: 0, 1, …, K − 1.
+        margin: how far below the last bin the clamp sits, in the units of project; at least 0, and
+            below 1 without project. 0.01 as in Ultralytics, 0.1 in GFL, 0 in D-FINE.
+        weight: factor of each loss; broadcasts to target's shape.
+        reduction: "none" gives w·loss, "sum" gives Σ w·loss, "mean" gives Σ w·loss / target.numel().
+            Sums and means over nothing are exactly 0 and part of the graph.
+
+    Returns:
+        The loss, in nats, fp64 for fp64 logits, else fp32, whatever autocast says: of target's shape
+        for "none", else 0-dim. Its gradient flows to the logits only, in their dtype; it can be
+        differentiated again.
+
+    Raises:
+        TypeError: for tensors that are not floating-point.
+        ValueError: for shapes that do not fit, a bad dim, project, margin or reduction, tensors on
+            several devices, or a target, weight or project that requires grad.
+
+    Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
+    """
+    check_choice("dfl_loss", "reduction", reduction, REDUCTIONS)
+    bound = arguments.dfl_loss(logits, target, dim=dim, project=project, margin=margin)
+    if weight is not None:
+        check_weight("dfl_loss", weight, logits, target.shape)
+    loss: Tensor = _call("dfl_loss", bound)
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total / max(target.numel(), 1) if reduction == "mean" else total
+
+
+def dfl_decode(logits: Tensor, *, dim: int = -1, project: Project = None) -> Tensor:
+    """The expected position of each distribution: E = Σ_k p_k W_k, with p the softmax along dim.
+
+    Args:
+        logits: raw head output, fp16, bf16, fp32 or fp64, with K = 2 to 256 bins along dim, any
+            strides. Read in place, never changed.
+        dim: the axis of the bins, as in torch.softmax; 2 for a head's (B, 4, K, A).
+        project: W, the position of each bin: increasing floats, or a 1-D tensor of length K on the
+            logits' device whose values are not checked. None: 0, 1, …, K − 1.
+
+    Returns:
+        E, in the units of project (cells, for boxes), of the shape of logits without dim; fp64 for
+        fp64 logits, else fp32, whatever autocast says. Differentiable twice.
+
+    Raises:
+        TypeError: for logits that are not floating-point.
+        ValueError: for a bad dim or project.
+
+    Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
+    """
+    bound = arguments.dfl_decode(logits, dim=dim, project=project)
+    position: Tensor = _call("dfl_decode", bound)
+    return position
+
+
+def dfl_loss_and_decode(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dim: int = -1,
+    project: Project = None,
+    margin: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    """`dfl_loss` (unweighted, unreduced) and `dfl_decode` of the same logits in one pass.
+
+    Args:
+        logits: as in `dfl_loss`.
+        target: as in `dfl_loss`. A NaN leaves the expected position finite.
+        dim: as in `dfl_loss`.
+        project: as in `dfl_loss`.
+        margin: as in `dfl_loss`.
+
+    Returns:
+        (loss, expected position), each of the shape of logits without dim; fp64 for fp64 logits,
+        else fp32. Gradients flow through both, to the logits only.
+
+    Raises:
+        TypeError: for tensors that are not floating-point.
+        ValueError: as `dfl_loss`.
+
+    Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
+    """
+    bound = arguments.dfl_loss_and_decode(logits, target, dim=dim, project=project, margin=margin)
+    loss, position = _call("dfl_loss_and_decode", bound)
+    return loss, position
+
+
+def decode_boxes(
+    logits: Tensor,
+    anchor_points: Tensor,
+    stride: Tensor | None = None,
+    *,
+    dim: int = -1,
+    project: Project = None,
+    box_format: str = "xyxy",
+) -> Tensor:
+    """Boxes from a head's distributions: expected distances, subtracted from and added to anchors.
+
+        x1 = x − E_l,  y1 = y − E_t,  x2 = x + E_r,  y2 = y + E_b,    all times stride if given
+
+    Args:
+        logits: (B, A, 4, K) with dim=-1, or (B, 4, K, A) with dim=2, which is a head's (B, 4K, A)
+            viewed without a copy; sides in the order left, top, right, bottom.
+        anchor_points: (A, 2) as (x, y) in cells, from `make_anchors`.
+        stride: pixels per cell, (A,) or (A, 1); None leaves the boxes in cells.
+        dim: the axis of the bins, -1 or 2.
+        project: W, the position of each bin in cells; see `dfl_decode`.
+        box_format: "xyxy", or "xywh" for centre, width and height.
+
+    Returns:
+        (B, A, 4) for dim=-1, (B, 4, A) for dim=2, in pixels when given stride, else in cells; fp64
+        for fp64 logits, else fp32. Differentiable twice, in the logits only.
+
+    Raises:
+        TypeError: for tensors that are not floating-point.
+        ValueError: for logits that are not 4-D, shapes that do not fit, an unknown box_format, or
+            anchor points or strides that require grad.
+
+    Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
+    """
+    bound = arguments.decode_boxes(
+        logits, anchor_points, stride, dim=dim, project=project, box_format=box_format
+    )
+    boxes: Tensor = _call("decode_boxes", bound)
+    return boxes
+
+
+def box_loss(
+    logits: Tensor,
+    anchor_points: Tensor,
+    target_boxes: Tensor,
+    weight: Tensor,
+    normalizer: Tensor | float,
+    *,
+    dim: int = -1,
+    foreground: Tensor | None = None,
+    project: Project = None,
+    margin: float = 0.01,
+    iou: str = "ciou",
+) -> tuple[Tensor, Tensor]:
+    """The two box losses of a detector's training step, over the foreground anchors.
+
+        iou_loss = Σ w (1 − IoU) / normalizer
+        dfl_loss = Σ w (mean over the 4 sides of DFL) / normalizer
+
+    A target box beyond the reach of the last bin trains DFL on the clamped distance and the IoU on
+    the true box. Background anchors and anchors of weight 0 never matter, whatever stands in them:
+    their gradient is exactly 0. Without foreground both losses are 0, whatever the normalizer.
+
+    Args:
+        logits: (B, A, 4, K) with dim=-1, or (B, 4, K, A) with dim=2.
+        anchor_points: (A, 2) as (x, y) in cells, from `make_anchors`.
+        target_boxes: (B, A, 4) as xyxy in cells: the box assigned to each anchor, divided by its
+            stride.
+        weight: (B, A), or class scores (B, A, C) that are summed over C.
+        normalizer: a float or a 0-dim tensor, used as given; usually the sum of all weights, at
+            least 1.
+        dim: the axis of the bins, -1 or 2.
+        foreground: (B, A) bool; None: all anchors.
+        project: W, the position of each bin in cells; see `dfl_loss`.
+        margin: see `dfl_loss`.
+        iou: "iou", "giou", "diou" or "ciou"; see `paired_box_iou`. CIoU's α is a constant in
+            backward.
+
+    Returns:
+        (iou_loss, dfl_loss), both 0-dim, fp64 for fp64 logits, else fp32. Gradients flow to the
+        logits only.
+
+    Raises:
+        TypeError: for tensors of the wrong dtype.
+        ValueError: for shapes that do not fit, an unknown iou, or other tensors that require grad.
+
+    Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
+    """
+    bound = arguments.box_loss(
+        logits, anchor_points, target_boxes, weight, normalizer, dim=dim, foreground=foreground,
+        project=project, margin=margin, iou=iou,
+    )  # fmt: skip
+    iou_loss, dfl = _call("box_loss", bound)
+    return iou_loss, dfl
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Which backend would serve a call, with which launch, and why the others would not.
+
+    Args:
+        op: "dfl_loss", "dfl_decode", "dfl_loss_and_decode", "decode_boxes" or "box_loss".
+        *args: the arguments of that function.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        A few lines of text. Nothing is computed.
+
+    Raises:
+        TypeError: as the function itself.
+        ValueError: as the function itself, and for an unknown op.
+    """
+    check_choice("explain", "op", op, tuple(arguments.NAMES))
+    bound = dict(zip(arguments.NAMES[op], getattr(arguments, op)(*args, **kwargs), strict=True))
+    problem = describe_tensor(
+        bound["logits"],
+        bound["dim"],
+        margin=bound.get("margin", 0.0),
+        project=bound["project"] is not None or bound["positions"] is not None,
+    )
+    return backends.report(op, problem, backends.requested())
+
+
+def _call(op: str, bound: tuple[Any, ...]) -> Any:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        # Exporters, and the runtimes that match patterns in what they write, see plain PyTorch.
+        named = dict(zip(arguments.NAMES[op], bound, strict=True))
+        logits = named["logits"]
+        w = ops.resolve_project(named.pop("project"), named.pop("positions"), logits)
+        return getattr(reference, op)(**named, project=w)
+    return getattr(torch.ops.dflkern, op)(*bound, backends.requested())

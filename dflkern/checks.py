@@ -1,0 +1,237 @@
+"""The checks of user input, and the words of every error a user can cause.
+
+They read metadata only (shapes, dtypes, devices), never a value of a tensor: nothing waits for the
+device. Each sentence says what was given, what is accepted, and the way out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Project: TypeAlias = "Sequence[float] | Tensor | None"
+
+MIN_BINS, MAX_BINS = 2, 256
+LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("none", "mean", "sum")
+BOX_FORMATS = ("xyxy", "xywh")
+IOU_KINDS = ("iou", "giou", "diou", "ciou")
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    """A floating-point tensor, or a TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{op}: {name} is a {type(value).__name__}; a floating-point torch.Tensor is needed. "
+            f"Convert it with torch.as_tensor({name}, dtype=torch.float32)."
+        )
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{op}: {name} has dtype {value.dtype}; floating-point values are needed. "
+            f"Convert it with {name}.float()."
+        )
+
+
+def check_no_grad(op: str, name: str, value: Tensor) -> None:
+    """Gradients flow to the logits only; silently dropping another one would be wrong."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {name} requires grad, but gradients flow to the logits only. "
+            f"Pass {name}.detach()."
+        )
+
+
+def check_device(op: str, name: str, value: Tensor, logits: Tensor) -> None:
+    """Same device as the logits."""
+    if value.device != logits.device:
+        raise ValueError(
+            f"{op}: {name} is on {value.device} and logits are on {logits.device}; all tensors of "
+            f"a call must be on one device. Move it with {name}.to(logits.device)."
+        )
+
+
+def check_other(op: str, name: str, value: Tensor, logits: Tensor) -> None:
+    """All that is asked of a tensor beside the logits, its shape apart."""
+    check_tensor(op, name, value)
+    check_device(op, name, value, logits)
+    check_no_grad(op, name, value)
+
+
+def check_logits(op: str, logits: Tensor, dim: int) -> int:
+    """Check logits and dim; return dim counted from the front."""
+    check_tensor(op, "logits", logits)
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(
+            f"{op}: logits have dtype {logits.dtype}; float16, bfloat16, float32 and float64 are "
+            "accepted. Convert them with logits.float()."
+        )
+    if logits.ndim == 0:
+        raise ValueError(
+            f"{op}: logits have no dimension; at least one is needed, holding the bins of a "
+            "distribution. A single distribution is a tensor of shape (num_bins,)."
+        )
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op}: dim is {dim!r}; an integer is needed, as in torch.softmax.")
+    if not -logits.ndim <= dim < logits.ndim:
+        raise ValueError(
+            f"{op}: dim={dim} is out of range for logits of shape {tuple(logits.shape)}; "
+            f"{-logits.ndim} to {logits.ndim - 1} are accepted. It names the axis of the bins."
+        )
+    dim %= logits.ndim
+    num_bins = logits.shape[dim]
+    if not MIN_BINS <= num_bins <= MAX_BINS:
+        raise ValueError(
+            f"{op}: logits of shape {tuple(logits.shape)} have {num_bins} bins along dim={dim}; "
+            f"{MIN_BINS} to {MAX_BINS} are accepted. If the bins lie along another axis, pass that "
+            "axis as dim; a head's (B, 4*K, A) needs logits.view(B, 4, K, A) and dim=2; a model "
+            "with one bin a side (reg_max: 1) has no DFL."
+        )
+    return dim
+
+
+def check_target(op: str, target: Tensor, logits: Tensor, dim: int) -> None:
+    """Target has exactly the shape of logits without dim."""
+    check_other(op, "target", target, logits)
+    expected = logits.shape[:dim] + logits.shape[dim + 1 :]
+    if target.shape != expected:
+        raise ValueError(
+            f"{op}: target has shape {tuple(target.shape)}, but logits of shape "
+            f"{tuple(logits.shape)} with dim={dim} need a target of shape {tuple(expected)}: one "
+            "value per distribution. Reshape the target, or pass the axis of the bins as dim."
+        )
+
+
+def check_weight(op: str, weight: Tensor, logits: Tensor, shape: torch.Size) -> None:
+    """Weight broadcasts to shape, without enlarging it."""
+    check_other(op, "weight", weight, logits)
+    fits = weight.ndim <= len(shape) and all(
+        w in (1, s) for w, s in zip(reversed(weight.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}, which does not broadcast to the "
+            f"target's shape {tuple(shape)}. Give it that shape, or size 1 where it is shared: a "
+            "weight per anchor for (N, 4) targets has shape (N, 1)."
+        )
+
+
+def check_margin(op: str, margin: float, *, bounded: bool = True) -> None:
+    """At least 0; below 1, the width of a bin, if bounded."""
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise TypeError(f"{op}: margin is {margin!r}; a float is needed, 0.01 for example.")
+    if not margin >= 0 or (bounded and not margin < 1):
+        raise ValueError(
+            f"{op}: margin={margin}; it must be at least 0 and, without project, below 1. "
+            "0.01 is Ultralytics' value, 0.1 that of GFL, 0 that of D-FINE."
+        )
+
+
+def check_project(
+    op: str, project: Project, margin: float, logits: Tensor, num_bins: int
+) -> tuple[Tensor | None, list[float] | None]:
+    """Check project and margin; return project as (tensor, None), (None, floats) or (None, None).
+
+    Positions 0, 1, …, K−1 given as floats come back as (None, None): they are the default.
+    """
+    check_margin(op, margin, bounded=project is None)
+    if project is None:
+        return None, None
+    if isinstance(project, Tensor):
+        check_other(op, "project", project, logits)
+        if project.shape != (num_bins,):
+            raise ValueError(
+                f"{op}: project has shape {tuple(project.shape)}; ({num_bins},) is needed: a "
+                "position for each bin of the logits."
+            )
+        return project, None
+    values = [float(value) for value in project]
+    if len(values) != num_bins:
+        raise ValueError(
+            f"{op}: project has {len(values)} positions for {num_bins} bins; one position for each "
+            "bin is needed."
+        )
+    check_positions(op, values, margin)
+    return None, None if values == list(range(num_bins)) else values
+
+
+def check_positions(op: str, values: Sequence[float], margin: float) -> None:
+    """Finite, increasing, and wider than margin."""
+    for k, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(f"{op}: project[{k}] is {value}; finite positions are needed.")
+        if k and not values[k - 1] < value:
+            raise ValueError(
+                f"{op}: project[{k}]={value} does not lie above project[{k - 1}]={values[k - 1]}; "
+                "positions must increase strictly. Sort them, and the head's channels with them."
+            )
+    if not margin < values[-1] - values[0]:
+        raise ValueError(
+            f"{op}: margin={margin} is not below the width of project, {values[-1] - values[0]}; "
+            "no target would be left. The margin is in the units of project."
+        )
+
+
+def check_choice(op: str, name: str, value: object, accepted: Sequence[str]) -> None:
+    """A word out of a few."""
+    if value not in accepted:
+        raise ValueError(
+            f"{op}: {name}={value!r} is not known; accepted are "
+            + ", ".join(repr(a) for a in accepted)
+            + "."
+        )
+
+
+def check_box_logits(op: str, logits: Tensor, dim: int) -> int:
+    """(B, A, 4, K) with the bins last, or (B, 4, K, A) with the bins at 2: return dim, 3 or 2."""
+    check_tensor(op, "logits", logits)
+    if logits.ndim != 4 or dim not in (-1, 3, 2, -2):
+        raise ValueError(
+            f"{op}: logits have shape {tuple(logits.shape)} with dim={dim}; boxes need 4-D logits, "
+            "(B, A, 4, K) with dim=-1 or (B, 4, K, A) with dim=2. A head's (B, 4*K, A) is "
+            "logits.view(B, 4, K, A), without a copy."
+        )
+    dim = check_logits(op, logits, dim)
+    if logits.shape[dim - 1] != 4:
+        raise ValueError(
+            f"{op}: logits of shape {tuple(logits.shape)} with dim={dim} have "
+            f"{logits.shape[dim - 1]} sides along axis {dim - 1}; 4 are needed (left, top, right, "
+            "bottom), on the axis just before the bins."
+        )
+    return dim
+
+
+def check_anchor_points(op: str, anchor_points: Tensor, logits: Tensor, num_anchors: int) -> None:
+    """(A, 2), in cells."""
+    check_other(op, "anchor_points", anchor_points, logits)
+    if tuple(anchor_points.shape) != (num_anchors, 2):
+        raise ValueError(
+            f"{op}: anchor_points have shape {tuple(anchor_points.shape)}; ({num_anchors}, 2) is "
+            "needed: x and y, in cells, of each anchor of the logits. make_anchors gives them."
+        )
+
+
+def check_shape(op: str, name: str, value: Tensor, *shapes: tuple[int, ...]) -> None:
+    """One of the shapes."""
+    if tuple(value.shape) not in shapes:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(value.shape)}; "
+            + " or ".join(str(shape) for shape in shapes)
+            + " is needed."
+        )
+
+
+def check_boxes(op: str, name: str, value: object) -> None:
+    """A floating-point tensor of four numbers a box."""
+    check_tensor(op, name, value)
+    assert isinstance(value, Tensor)
+    if value.ndim == 0 or value.shape[-1] != 4:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(value.shape)}; the last axis must hold the 4 numbers "
+            "of a box."
+        )
+
+

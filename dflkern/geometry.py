@@ -1,0 +1,243 @@
+"""Anchor points, DFL targets, boxes from distances, and the IoU of paired boxes.
+
+Plain, differentiable PyTorch on the last axis. Low-precision input is computed in fp32: in bf16 an
+anchor point beyond column 128 is off by half a cell, and a distance of 14.99 becomes 15.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import BOX_FORMATS, IOU_KINDS, check_boxes, check_choice, check_margin, check_tensor
+from .problem import compute_dtype
+
+EPS = 1e-7
+
+
+def make_anchors(
+    sizes: Sequence[tuple[int, int]],
+    strides: Sequence[float],
+    *,
+    offset: float = 0.5,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The centres of all cells of the feature levels, level after level, row by row.
+
+    The cell in column i and row j of a level has its anchor point at (i + offset, j + offset).
+
+    Args:
+        sizes: (height, width) of each level, in cells.
+        strides: pixels per cell of each level.
+        offset: 0.5 puts the point in the middle of its cell, 0 (NanoDet, DAMO-YOLO) on its corner.
+        device: where to put the results.
+
+    Returns:
+        anchor_points, (A, 2) as (x, y) in cells, and stride, (A, 1) in pixels per cell; both fp32
+        under every autocast, since bf16 cannot tell cells apart beyond column 128.
+
+    Raises:
+        ValueError: if the numbers of sizes and strides differ.
+    """
+    if len(sizes) != len(strides):
+        raise ValueError(
+            f"make_anchors: {len(sizes)} sizes and {len(strides)} strides were given; each level "
+            "needs one (height, width) and one stride."
+        )
+    points, steps = [torch.zeros(0, 2, device=device)], [torch.zeros(0, 1, device=device)]
+    for (height, width), stride in zip(sizes, strides, strict=True):
+        y = torch.arange(height, device=device, dtype=torch.float32) + offset
+        x = torch.arange(width, device=device, dtype=torch.float32) + offset
+        rows, columns = torch.meshgrid(y, x, indexing="ij")
+        points.append(torch.stack((columns, rows), -1).reshape(-1, 2))
+        steps.append(torch.full((height * width, 1), float(stride), device=device))
+    return torch.cat(points), torch.cat(steps)
+
+
+def bbox2dist(
+    anchor_points: Tensor, boxes: Tensor, max_dist: float | None = None, *, margin: float = 0.01
+) -> Tensor:
+    """Distances from anchor points to the sides of boxes: (x − x1, y − y1, x2 − x, y2 − y).
+
+    Clamped to [0, max_dist − margin] unless max_dist is None. For K bins max_dist is K − 1.
+
+    Args:
+        anchor_points: (…, 2) as (x, y), in the unit of the boxes (cells, for DFL targets).
+        boxes: (…, 4) as xyxy; leading axes broadcast against those of anchor_points.
+        max_dist: the position of the last bin, K − 1; None: no clamp.
+        margin: how far below max_dist the clamp sits, so that the bin to the right exists.
+
+    Returns:
+        (…, 4) distances left, top, right, bottom, fp64 if an input is fp64, else fp32. A NaN stays.
+
+    Raises:
+        TypeError: for an input that is no floating-point tensor.
+        ValueError: for boxes without 4 numbers, or margin below 0 or not below max_dist.
+
+    Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
+    """
+    _check_anchors("bbox2dist", anchor_points)
+    check_boxes("bbox2dist", "boxes", boxes)
+    anchor_points, boxes = _same_precision(anchor_points, boxes)
+    x1y1, x2y2 = boxes.chunk(2, -1)
+    distances = torch.cat(torch.broadcast_tensors(anchor_points - x1y1, x2y2 - anchor_points), -1)
+    if max_dist is None:
+        return distances
+    if not 0 <= margin < max_dist:
+        raise ValueError(
+            f"bbox2dist: margin={margin} with max_dist={max_dist}; the margin must be at least 0 "
+            "and below max_dist, which is num_bins − 1."
+        )
+    return distances.clamp(0, max_dist - margin)
+
+
+def dist2bbox(distances: Tensor, anchor_points: Tensor, *, box_format: str = "xyxy") -> Tensor:
+    """Boxes from distances: x1 = x − l, y1 = y − t, x2 = x + r, y2 = y + b.
+
+    Args:
+        distances: (…, 4) as left, top, right, bottom.
+        anchor_points: (…, 2) as (x, y), in the unit of the distances; leading axes broadcast.
+        box_format: "xyxy", or "xywh" for centre, width and height.
+
+    Returns:
+        (…, 4) boxes, fp64 if an input is fp64, else fp32, in the unit of the inputs.
+
+    Raises:
+        TypeError: for an input that is no floating-point tensor.
+        ValueError: for distances without 4 numbers or an unknown box_format.
+    """
+    check_boxes("dist2bbox", "distances", distances)
+    _check_anchors("dist2bbox", anchor_points)
+    check_choice("dist2bbox", "box_format", box_format, BOX_FORMATS)
+    distances, anchor_points = _same_precision(distances, anchor_points)
+    left_top, right_bottom = distances.chunk(2, -1)
+    x1y1, x2y2 = anchor_points - left_top, anchor_points + right_bottom
+    if box_format == "xyxy":
+        return torch.cat((x1y1, x2y2), -1)
+    return torch.cat(((x1y1 + x2y2) / 2, x2y2 - x1y1), -1)
+
+
+def dfl_targets(
+    boxes_in_pixels: Tensor,
+    anchor_points: Tensor,
+    stride: Tensor | float,
+    num_bins: int,
+    *,
+    margin: float = 0.01,
+) -> Tensor:
+    """DFL targets of assigned boxes, the one right way: pixels in, cells out.
+
+    Anchor points and boxes are divided by the stride, the distances between them taken, and clamped
+    to [0, num_bins − 1 − margin]:
+
+        (x − x1, y − y1, x2 − x, y2 − y) / stride
+
+    Everything that goes in is in pixels. `make_anchors` gives anchor points in cells, so the call is
+
+        dfl_targets(boxes, anchor_points * stride, stride, num_bins)
+
+    Args:
+        boxes_in_pixels: (…, 4) as xyxy, the box assigned to each anchor point.
+        anchor_points: (…, 2) as (x, y), in pixels; leading axes broadcast against the boxes'.
+        stride: pixels per cell of each anchor point: a number, or a tensor (A,) or (A, 1).
+        num_bins: K, the number of channels a side has in the head (Ultralytics' reg_max; mmdet's
+            reg_max + 1).
+        margin: how far below the last bin the clamp sits; 0.01 as in Ultralytics.
+
+    Returns:
+        (…, 4) targets in cells, in the order left, top, right, bottom; fp64 if an input is fp64,
+        else fp32, in which 14.99 stays below 15.
+
+    Raises:
+        TypeError: for boxes or anchor points that are no floating-point tensors.
+        ValueError: for num_bins below 2 or margin outside [0, 1).
+
+    Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
+    """
+    check_boxes("dfl_targets", "boxes_in_pixels", boxes_in_pixels)
+    _check_anchors("dfl_targets", anchor_points)
+    check_margin("dfl_targets", margin)
+    if num_bins < 2:
+        raise ValueError(f"dfl_targets: num_bins={num_bins}; a distribution has at least 2 bins.")
+    boxes, anchor_points = _same_precision(boxes_in_pixels, anchor_points)
+    if isinstance(stride, Tensor):
+        stride = column(stride).to(boxes.dtype)
+    return bbox2dist(anchor_points / stride, boxes / stride, num_bins - 1, margin=margin)
+
+
+def paired_box_iou(a: Tensor, b: Tensor, kind: str = "iou") -> Tensor:
+    """IoU of a[i] with b[i], row by row (not all pairs), in one of its four kinds.
+
+        iou   I / U
+        giou  IoU − (C − U) / C                    C the area of the smallest enclosing box
+        diou  IoU − ρ² / c²                        ρ between the centres, c the enclosing diagonal
+        ciou  IoU − ρ² / c² − α v,                 v = 4/π² (atan(w_b/h_b) − atan(w_a/h_a))²,
+              α = v / (1 − IoU + v), a constant in backward
+
+    1e-7 is added to heights and denominators, so that an empty box gives 0 and no NaN.
+
+    Args:
+        a: (…, 4) boxes as xyxy, in any unit.
+        b: (…, 4) boxes as xyxy in the unit of a; leading axes broadcast.
+        kind: "iou", "giou", "diou" or "ciou".
+
+    Returns:
+        (…), fp64 if an input is fp64, else fp32; differentiable in both boxes.
+
+    Raises:
+        TypeError: for boxes that are no floating-point tensors.
+        ValueError: for boxes without 4 numbers or an unknown kind.
+
+    GIoU: Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630. DIoU and CIoU: Zheng et al. 2019,
+    https://arxiv.org/abs/1911.08287.
+    """
+    check_boxes("paired_box_iou", "a", a)
+    check_boxes("paired_box_iou", "b", b)
+    check_choice("paired_box_iou", "kind", kind, IOU_KINDS)
+    a, b = _same_precision(a, b)
+    ax1, ay1, ax2, ay2 = a.unbind(-1)
+    bx1, by1, bx2, by2 = b.unbind(-1)
+    aw, ah = ax2 - ax1, ay2 - ay1 + EPS
+    bw, bh = bx2 - bx1, by2 - by1 + EPS
+    overlap_w = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    overlap_h = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    overlap = overlap_w * overlap_h
+    union = aw * ah + bw * bh - overlap + EPS
+    iou = overlap / union
+    if kind == "iou":
+        return iou
+    enclosing_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
+    enclosing_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
+    if kind == "giou":
+        enclosing = enclosing_w * enclosing_h + EPS
+        return iou - (enclosing - union) / enclosing
+    diagonal = enclosing_w**2 + enclosing_h**2 + EPS
+    apart = ((bx1 + bx2 - ax1 - ax2) ** 2 + (by1 + by2 - ay1 - ay2) ** 2) / 4
+    if kind == "diou":
+        return iou - apart / diagonal
+    v = (4 / math.pi**2) * (torch.atan(bw / bh) - torch.atan(aw / ah)) ** 2
+    alpha = (v / (v - iou + (1 + EPS))).detach()
+    return iou - (apart / diagonal + alpha * v)
+
+
+def column(stride: Tensor) -> Tensor:
+    """A stride of shape (A,) as (A, 1); one of shape (A, 1), or a single number, as it is."""
+    return stride.unsqueeze(-1) if stride.ndim == 1 else stride
+
+
+def _check_anchors(op: str, anchor_points: Tensor) -> None:
+    check_tensor(op, "anchor_points", anchor_points)
+    if anchor_points.ndim == 0 or anchor_points.shape[-1] != 2:
+        raise ValueError(
+            f"{op}: anchor_points have shape {tuple(anchor_points.shape)}; the last axis must hold "
+            "x and y."
+        )
+
+
+def _same_precision(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in fp64 if one is, else both in fp32."""
+    dtype = compute_dtype(torch.promote_types(a.dtype, b.dtype))
+    return a.to(dtype), b.to(dtype)

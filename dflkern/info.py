@@ -1,0 +1,53 @@
+"""`python -m dflkern info`: versions, devices, and each backend with available or why not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+
+import torch
+
+from . import __version__, backends
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`info` has no arguments."""
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the report."""
+    print(report())
+    return 0
+
+
+def report() -> str:
+    """All of `info`, as text."""
+    lines = [
+        f"dflkern   {__version__}",
+        f"torch     {torch.__version__}",
+        f"triton    {_version('triton')}",
+        f"python    {platform.python_version()} on {platform.platform()}",
+        "",
+        "devices",
+        f"  cpu     {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+    ]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        lines.append(f"  cuda:{i}  {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        reason = "no GPU is visible" if torch.version.cuda else "this torch is built without CUDA"
+        lines.append(f"  cuda    none: {reason}")
+    lines += ["", "backends"]
+    for backend, description in backends.DESCRIPTIONS.items():
+        reasons = backends.unavailable(backend)
+        state = f"not available: {'; '.join(reasons)}" if reasons else "available"
+        lines.append(f"  {backend:<10}{description}: {state}")
+    return "\n".join(lines)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
