@@ -1,0 +1,52 @@
+"""What a run of the demo can vary, in one value."""
+
+from __future__ import annotations
+
+import dataclasses
+
+STRIDES = (4, 8, 16, 32)  # P2 to P5
+NUM_CLASSES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes, schedule and loss gains of one training run.
+
+    The defaults are the demo; tests run the same code on a smaller one. Lengths are in pixels.
+    """
+
+    epochs: int = 5
+    seed: int = 0
+    device: str = "cpu"
+    backend: str = "auto"
+    decode_backend: str = "auto"  # of decode_boxes, where `backend` has no kernel for it yet
+
+    image_size: int = 128  # a multiple of 32, the largest stride
+    min_digits: int = 3
+    max_digits: int = 8
+    min_height: float = 10.0
+    max_height: float = 90.0
+    clutter: int = 6
+    validation_scenes: int = 256
+
+    num_bins: int = 16  # K: bins 0 to 15, so 4·16 box channels, not 4·17
+    width: int = 48
+
+    steps_per_epoch: int = 400
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.02
+    warmup_steps: int = 100
+    clip_norm: float = 10.0
+
+    top_k: int = 10
+    alpha: float = 1.0
+    beta: float = 6.0
+    box_gain: float = 2.0
+    class_gain: float = 1.0
+    dfl_gain: float = 0.5
+
+    @property
+    def steps(self) -> int:
+        """Training steps of the whole run."""
+        return self.epochs * self.steps_per_epoch

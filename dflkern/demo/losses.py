@@ -1,0 +1,88 @@
+"""The three losses of a training step, and the floor of the third."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import decode_boxes, dfl_loss, dfl_targets, paired_box_iou, use_backend
+from .assign import assign
+from .config import STRIDES, Config
+from .scenes import Scenes
+
+
+class Losses(NamedTuple):
+    """Scalars of one step: what is minimised, its parts before their gains, and what they say."""
+
+    total: Tensor
+    box: Tensor  # CIoU loss, Σ w (1 − CIoU) / Σ w
+    classes: Tensor  # BCE, Σ / Σ w
+    dfl: Tensor  # in nats, Σ w (mean over the four sides) / Σ w
+    floor: Tensor  # the entropy of the DFL targets, averaged in the same way
+    levels: Tensor  # (4,): the share of Σ w that each of P2 to P5 holds
+
+
+def losses(
+    box_logits: Tensor,
+    class_logits: Tensor,
+    points: Tensor,
+    strides: Tensor,
+    scenes: Scenes,
+    config: Config,
+) -> Losses:
+    """Assign, then BCE on all anchors, CIoU and DFL on the foreground.
+
+    The weight w of a foreground anchor is its soft class target.
+
+    Args:
+        box_logits: (B, 4, K, A), raw.
+        class_logits: (B, A, C), raw.
+        points: (A, 2) anchor points in cells.
+        strides: (A, 1) pixels per cell.
+        scenes: the true boxes and labels.
+        config: backend, gains and the assigner's parameters.
+    """
+    with use_backend(config.decode_backend):
+        boxes = decode_boxes(box_logits, points, strides, dim=2).transpose(1, 2)  # in pixels
+    points_in_pixels = points * strides
+    foreground, true_boxes, scores = assign(
+        class_logits.detach().sigmoid(), boxes.detach(), points_in_pixels,
+        scenes.boxes, scenes.labels, scenes.valid,
+        top_k=config.top_k, alpha=config.alpha, beta=config.beta,
+    )  # fmt: skip
+    weight = scores.sum(-1)
+    image, anchor = foreground.nonzero(as_tuple=True)
+    w = weight[image, anchor]
+    # A batch without any foreground divides 0 by this, and still gives 0.
+    total_weight = weight.sum().clamp(min=1e-6)
+
+    bce = F.binary_cross_entropy_with_logits(class_logits, scores, reduction="sum")
+    classes = bce / weight.sum().clamp(min=1)
+
+    wanted = true_boxes[image, anchor]
+    ciou = paired_box_iou(boxes[image, anchor], wanted, "ciou")
+    box = (w * (1 - ciou)).sum() / total_weight
+
+    targets = dfl_targets(
+        wanted, points_in_pixels[anchor], strides[anchor], config.num_bins
+    )  # (N, 4)
+    with use_backend(config.backend):
+        per_side = dfl_loss(box_logits.permute(0, 3, 1, 2)[image, anchor], targets)
+    dfl = (w * per_side.mean(-1)).sum() / total_weight
+    floor = (w * two_bin_entropy(targets).mean(-1)).sum() / total_weight
+
+    total = config.box_gain * box + config.class_gain * classes + config.dfl_gain * dfl
+    by_level = [weight[:, strides[:, 0] == stride].sum() for stride in STRIDES]
+    return Losses(total, box, classes, dfl, floor, torch.stack(by_level) / total_weight)
+
+
+def two_bin_entropy(targets: Tensor) -> Tensor:
+    """The entropy in nats of the two bins around each target: the least that its DFL can be.
+
+    With f the fraction of the target above the bin to its left, −f ln f − (1 − f) ln(1 − f).
+    """
+    fraction = targets - targets.floor()
+    return -(torch.xlogy(fraction, fraction) + torch.xlogy(1 - fraction, 1 - fraction))

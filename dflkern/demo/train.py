@@ -1,0 +1,110 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from .config import Config
+from .evaluate import Detections, detect, mean_average_precision
+from .glyphs import load_digits
+from .losses import losses
+from .model import Detector, anchors
+from .scenes import Scenes, compose
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The numbers of one training step; see `losses.Losses`."""
+
+    total: float
+    box: float
+    classes: float
+    dfl: float
+    floor: float
+    grad_norm: float  # over all parameters, before it was clipped
+    levels: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that a training run leaves behind."""
+
+    config: Config
+    steps: list[Step]
+    epochs: list[dict[str, float]]
+    scenes: Scenes
+    detections: Detections
+    seconds: float
+
+
+Progress = Callable[[int, int, Step], None]
+
+
+def train(
+    config: Config,
+    on_step: Callable[[int, Step], None] = lambda epoch, step: None,
+    on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, summary: None,
+) -> Run:
+    """Train and validate a detector; the same config gives the same numbers on the same machine.
+
+    Args:
+        config: what to train.
+        on_step: called after every step with the number of the epoch, from 0.
+        on_epoch: called after every epoch with its mean losses, seconds and validation mAP.
+    """
+    began = time.perf_counter()
+    train_digits, validation_digits = (part.to(config.device) for part in load_digits(config.seed))
+    # Streams of their own, so that the validation scenes do not depend on what was trained before.
+    generator = torch.Generator(config.device).manual_seed(2 * config.seed)
+    held_out = torch.Generator(config.device).manual_seed(2 * config.seed + 1)
+    scenes = compose(validation_digits, config.validation_scenes, config, held_out)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = Detector(config.num_bins, config.width)
+    model = model.to(config.device, memory_format=torch.channels_last)
+    points, strides = anchors(config.image_size, config.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, config))
+
+    steps: list[Step] = []
+    epochs: list[dict[str, float]] = []
+    for epoch in range(config.epochs):
+        epoch_began = time.perf_counter()
+        for _ in range(config.steps_per_epoch):
+            batch = compose(train_digits, config.batch_size, config, generator)
+            images = batch.images.contiguous(memory_format=torch.channels_last)
+            result = losses(*model(images), points, strides, batch, config)
+            optimizer.zero_grad()
+            result.total.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+            schedule.step()
+            numbers = torch.stack([*(value.detach() for value in result[:5]), norm]).tolist()
+            steps.append(Step(*numbers, levels=tuple(result.levels.tolist())))
+            on_step(epoch, steps[-1])
+        detections = detect(model, points, strides, scenes.images, config)
+        recent = steps[-config.steps_per_epoch :]
+        summary = {
+            name: sum(getattr(step, name) for step in recent) / len(recent)
+            for name in ("box", "classes", "dfl", "floor", "grad_norm")
+        }
+        summary |= mean_average_precision(detections, scenes)
+        summary["seconds"] = time.perf_counter() - epoch_began
+        epochs.append(summary)
+        on_epoch(epoch, summary)
+    return Run(config, steps, epochs, scenes, detections, time.perf_counter() - began)
+
+
+def _rate(step: int, config: Config) -> float:
+    """Linear warm-up, then half a cosine down to nothing."""
+    warm = min(config.warmup_steps, config.steps)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(config.steps - warm, 1)))
