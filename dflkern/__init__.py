@@ -1,7 +1,7 @@
 """Fused kernels for Distribution Focal Loss (DFL) and its expected-value decode.
 
-Importing this package registers operators and nothing else: it imports no Triton, builds nothing and
-asks no device.
+Importing this package registers operators and nothing else: it imports no Triton, builds nothing
+and asks no device.
 """
 
 from .api import box_loss, decode_boxes, dfl_decode, dfl_loss, dfl_loss_and_decode, explain

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, backends, ops, reference
+from . import arguments, backends, implementations, reference
+from . import ops as _ops  # noqa: F401  (registers the operators)
 from .checks import REDUCTIONS, Project, check_choice, check_weight
-from .problem import describe_tensor
+from .problem import compute_dtype, describe_tensor
 
 
 def dfl_loss(
@@ -22,7 +23,7 @@ def dfl_loss(
     weight: Tensor | None = None,
     reduction: str = "none",
 ) -> Tensor:
-    """Distribution Focal Loss: the cross entropy of each distribution against two neighbouring bins.
+    """Distribution Focal Loss: cross entropy of each distribution against two neighbouring bins.
 
     With p the softmax of the logits along dim, t the target clamped to [W_0, W_{K−1} − margin], and
     l the bin with W_l ≤ t < W_{l+1},
@@ -45,12 +46,12 @@ def dfl_loss(
         margin: how far below the last bin the clamp sits, in the units of project; at least 0, and
             below 1 without project. 0.01 as in Ultralytics, 0.1 in GFL, 0 in D-FINE.
         weight: factor of each loss; broadcasts to target's shape.
-        reduction: "none" gives w·loss, "sum" gives Σ w·loss, "mean" gives Σ w·loss / target.numel().
+        reduction: "none" gives w·loss, "sum" Σ w·loss, "mean" Σ w·loss / target.numel().
             Sums and means over nothing are exactly 0 and part of the graph.
 
     Returns:
-        The loss, in nats, fp64 for fp64 logits, else fp32, whatever autocast says: of target's shape
-        for "none", else 0-dim. Its gradient flows to the logits only, in their dtype; it can be
+        The loss, in nats, fp64 for fp64 logits, else fp32, whatever autocast says: of target's
+        shape for "none", else 0-dim. Its gradient flows to the logits only, in their dtype; it can be
         differentiated again.
 
     Raises:
@@ -252,10 +253,12 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
 
 
 def _call(op: str, bound: tuple[Any, ...]) -> Any:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         # Exporters, and the runtimes that match patterns in what they write, see plain PyTorch.
         named = dict(zip(arguments.NAMES[op], bound, strict=True))
         logits = named["logits"]
-        w = ops.resolve_project(named.pop("project"), named.pop("positions"), logits)
-        return getattr(reference, op)(**named, project=w)
+        named["project"] = implementations.resolve_project(
+            named["project"], named.pop("positions"), compute_dtype(logits.dtype), logits.device
+        )
+        return getattr(reference, op)(**named)
     return getattr(torch.ops.dflkern, op)(*bound, backends.requested())

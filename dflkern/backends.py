@@ -112,7 +112,7 @@ def choose(op: str, problem: Problem, name: str) -> Choice:
                 "the best backend that can."
             )
         return Choice(name, ())
-    refusals = []
+    refusals: list[tuple[str, tuple[str, ...]]] = []
     for backend in PREFERENCE.get(problem.device.type, ("reference",)):
         reasons = why_not(backend, op, problem)
         if not reasons:
@@ -150,7 +150,7 @@ def report(op: str, problem: Problem, name: str) -> str:
             lines.append(f"  {backend}: serves it ({DESCRIPTIONS[backend]})")
             lines += _plans(op, problem, backend)
     if not chosen:
-        lines.append(f'  the call would raise; use_backend("auto") takes a backend that can serve')
+        lines.append('  the call would raise; use_backend("auto") takes a backend that can serve')
     return "\n".join(lines)
 
 

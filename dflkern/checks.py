@@ -233,5 +233,3 @@ def check_boxes(op: str, name: str, value: object) -> None:
             f"{op}: {name} has shape {tuple(value.shape)}; the last axis must hold the 4 numbers "
             "of a box."
         )
-
-

@@ -135,7 +135,7 @@ def dfl_targets(
 
         (x − x1, y − y1, x2 − x, y2 − y) / stride
 
-    Everything that goes in is in pixels. `make_anchors` gives anchor points in cells, so the call is
+    Everything that goes in is in pixels. `make_anchors` gives anchor points in cells, so call
 
         dfl_targets(boxes, anchor_points * stride, stride, num_bins)
 
@@ -191,8 +191,8 @@ def paired_box_iou(a: Tensor, b: Tensor, kind: str = "iou") -> Tensor:
         TypeError: for boxes that are no floating-point tensors.
         ValueError: for boxes without 4 numbers or an unknown kind.
 
-    GIoU: Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630. DIoU and CIoU: Zheng et al. 2019,
-    https://arxiv.org/abs/1911.08287.
+    GIoU: Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630. DIoU and CIoU: Zheng et al.
+    2019, https://arxiv.org/abs/1911.08287.
     """
     check_boxes("paired_box_iou", "a", a)
     check_boxes("paired_box_iou", "b", b)

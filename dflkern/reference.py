@@ -5,9 +5,9 @@ With x = z − max z, s = Σ exp x, p = exp(x)/s, positions W, and y the target'
     loss = log s − Σ_k y_k x_k        ∂loss/∂z_k = p_k − y_k
     E    = Σ_k p_k W_k                ∂E/∂z_k    = p_k (W_k − E)
 
-Everything is shifted by the maximum before anything is subtracted, since a log-sum-exp minus a large
-logit cancels. All functions take logits of any dtype, compute in fp32 (fp64 for fp64 logits), never
-write into an argument, and are differentiable in the logits and the upstream gradients, which is
+Everything is shifted by the maximum before anything is subtracted, since a log-sum-exp minus a
+large logit cancels. All functions take logits of any dtype, compute in fp32 (fp64 for fp64 logits),
+never write into an argument, and are differentiable in the logits and the upstream gradients, which is
 what double backward uses. `project` is None (0, 1, …, K − 1) or a tensor in the compute dtype.
 """
 
@@ -254,7 +254,7 @@ def _pick(values: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 def _weighted(weight: Tensor, values: Tensor) -> Tensor:
-    """weight · values with 0 · −inf = 0; a NaN weight stays NaN."""
+    """Product of weight and values with 0 · −inf = 0; a NaN weight stays NaN."""
     return torch.where(weight == 0, 0, weight * values)
 
 

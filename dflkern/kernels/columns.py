@@ -1,8 +1,9 @@
 """Kernels with one distribution a lane and one load a bin: any strides.
 
-In the columns layout (a head's (B, 4K, A)) neighbouring lanes read neighbouring anchors, so every load
-is coalesced. Elsewhere (rows with gaps, odd storage offsets) the loads of a lane share sectors through
-the cache. The grid is (blocks of the lanes' axis, middle axis, outer axis); offsets are int64.
+In the columns layout (a head's (B, 4K, A)) neighbouring lanes read neighbouring anchors, so every
+load is coalesced. Elsewhere (rows with gaps, odd storage offsets) the loads of a lane share sectors
+through the cache. The grid is (blocks of the lanes' axis, middle axis, outer axis); offsets are
+int64.
 """
 
 import triton

@@ -1,9 +1,9 @@
 """The maths of one distribution per lane: a tuple of K blocks, one block for each bin.
 
-No shuffles and no shared memory: a lane owns its distribution. Multiply-adds are written as tl.fma and
-kernels are compiled with fp fusion off, so that results depend on no compiler's mood. `tl.maximum`
-swallows NaN on a GPU, which does no harm here: a NaN logit comes back through its own exponential, a
-NaN target through `t * 0`, which starts the sums that the target takes part in.
+No shuffles and no shared memory: a lane owns its distribution. Multiply-adds are written as tl.fma
+and kernels are compiled with fp fusion off, so that results depend on no compiler's mood.
+`tl.maximum` swallows NaN on a GPU, which does no harm here: a NaN logit comes back through its own
+exponential, a NaN target through `t * 0`, which starts the sums that the target takes part in.
 """
 
 import triton

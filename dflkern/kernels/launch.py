@@ -128,9 +128,9 @@ def _structure(
 ) -> tuple[str, dict[str, Any], tuple[int, int, int], int]:
     """Kernel, its own constants, grid and warps.
 
-    Which structure serves which problem best is measured on compiled code: chunk and tile where rows
-    are whole 16-byte granules, lazy for other short rows, a padded tile for long ones, and lanes
-    with a load a bin for everything that is no contiguous aligned range.
+    Which structure serves which problem best is counted on compiled code: chunk and tile where
+    rows are whole 16-byte granules, lazy for other short rows, a padded tile for long ones, and
+    lanes with a load a bin for everything that is no contiguous aligned range.
     """
     bins, size, n = problem.num_bins, problem.dtype.itemsize, problem.count
     direction = "backward" if backward else "forward"
@@ -300,7 +300,9 @@ def launch(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
     """Run a plan on tensors by role, on their device and the current stream."""
     kernel = _kernel(launch_plan.module, launch_plan.kernel)
     arguments: dict[str, Any] = {
-        argument.name: tensors[argument.value] if isinstance(argument.value, str) else argument.value
+        argument.name: tensors[argument.value]
+        if isinstance(argument.value, str)
+        else argument.value
         for argument in launch_plan.arguments
     }
     arguments |= dict(launch_plan.constants)

@@ -1,0 +1,135 @@
+"""What the operators do when they are called: the way from an operator to a backend.
+
+Every implementation runs with autocast off, converts targets and upstream gradients to the compute
+dtype, and returns gradients with the strides of torch.empty_like(logits).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .problem import compute_dtype, describe_tensor
+
+Positions = Sequence[float] | None
+
+
+def resolve_project(
+    project: Tensor | None, positions: Positions, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """The bins' positions, contiguous in a compute dtype; None for 0, 1, …, K − 1."""
+    if project is not None:
+        return project.to(dtype).contiguous()
+    if positions is not None:
+        return _positions_on(tuple(positions), dtype, device)
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _positions_on(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off, at no cost where it is off already."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def like_logits(gradient: Tensor, logits: Tensor) -> Tensor:
+    """The gradient with the strides of torch.empty_like(logits)."""
+    result = torch.empty_like(logits)
+    if gradient.stride() == result.stride():
+        return gradient
+    return result.copy_(gradient)
+
+
+def distributions(
+    op: str,
+    grads: dict[str, Tensor],
+    logits: Tensor,
+    target: Tensor | None,
+    project: Tensor | None,
+    positions: Positions,
+    dim: int,
+    margin: float,
+    backend: str | None,
+) -> Any:
+    """One of the operators on single distributions, or the backward of one.
+
+    Args:
+        op: the operator's name, with "_backward" for its gradient.
+        grads: upstream gradients by the name of their parameter; empty in forward.
+        logits: as the operator's, like all that follow.
+        target: None for dfl_decode.
+        project: a tensor of positions, or None.
+        positions: floats, or None.
+        dim: counted from the front.
+        margin: 0 for dfl_decode.
+        backend: what was asked for; None for the bare, differentiable reference.
+    """
+    with without_autocast(logits.device):
+        dtype = compute_dtype(logits.dtype)
+        w = resolve_project(project, positions, dtype, logits.device)
+        small = {name: grad.to(dtype) for name, grad in grads.items()}
+        if target is not None:
+            small["target"] = target.to(dtype)
+        if backend is not None:
+            problem = describe_tensor(logits, dim, margin=margin, project=w is not None)
+            chosen = backends.choose(op, problem, backend).backend
+            if chosen != "reference":
+                from .kernels import launch
+
+                return launch.run(op, problem, chosen, logits, dim, small, w)
+        function: Callable[..., Any] = getattr(reference, op)
+        if target is not None:
+            function = functools.partial(function, margin=margin)
+        result = function(logits=logits, project=w, dim=dim, **small)
+        if backend is None:
+            return result
+        if grads:
+            return like_logits(result, logits)
+        if isinstance(result, tuple):
+            return tuple(value.contiguous() for value in result)
+        return result.contiguous()
+
+
+def boxes(
+    op: str,
+    tensors: Sequence[Tensor | None],
+    logits: Tensor,
+    project: Tensor | None,
+    positions: Positions,
+    dim: int,
+    settings: Sequence[Any],
+    backend: str | None,
+    **options: bool,
+) -> Any:
+    """One of the operators on boxes, or the backward of one.
+
+    Args:
+        op: the operator's name, with "_backward" for its gradient.
+        tensors: all that stands before the project in its schema.
+        logits: the one of the tensors that holds the logits.
+        project: a tensor of positions, or None.
+        positions: floats, or None.
+        dim: 2 or 3.
+        settings: what stands between dim and backend in its schema.
+        backend: what was asked for; None for the bare, differentiable reference.
+        **options: passed on to the reference.
+    """
+    with without_autocast(logits.device):
+        w = resolve_project(project, positions, compute_dtype(logits.dtype), logits.device)
+        if backend is not None:
+            backends.choose(op, describe_tensor(logits, dim, project=w is not None), backend)
+        result = getattr(reference, op)(*tensors, w, dim, *settings, **options)
+        backward = op.endswith("_backward")
+        return like_logits(result, logits) if backward and backend is not None else result
