@@ -6,7 +6,8 @@ and asks no device.
 
 from .api import box_loss, decode_boxes, dfl_decode, dfl_loss, dfl_loss_and_decode, explain
 from .backends import use_backend
-from .geometry import bbox2dist, dfl_targets, dist2bbox, make_anchors, paired_box_iou
+from .geometry import bbox2dist, dfl_targets, dist2bbox, make_anchors
+from .iou import paired_box_iou
 from .modules import BoxLoss, DFLDecode, DFLoss
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-Project: TypeAlias = "Sequence[float] | Tensor | None"
+Project: TypeAlias = Sequence[float] | Tensor | None
 
 MIN_BINS, MAX_BINS = 2, 256
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -161,7 +161,7 @@ def check_project(
 def check_positions(op: str, values: Sequence[float], margin: float) -> None:
     """Finite, increasing, and wider than margin."""
     for k, value in enumerate(values):
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{op}: project[{k}] is {value}; finite positions are needed.")
         if k and not values[k - 1] < value:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Anchor points, DFL targets, boxes from distances, and the IoU of paired boxes.
+"""Anchor points, DFL targets, and boxes from distances.
 
 Plain, differentiable PyTorch on the last axis. Low-precision input is computed in fp32: in bf16 an
 anchor point beyond column 128 is off by half a cell, and a distance of 14.99 becomes 15.
@@ -6,16 +6,13 @@ anchor point beyond column 128 is off by half a cell, and a distance of 14.99 be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .checks import BOX_FORMATS, IOU_KINDS, check_boxes, check_choice, check_margin, check_tensor
+from .checks import BOX_FORMATS, check_boxes, check_choice, check_margin, check_tensor
 from .problem import compute_dtype
-
-EPS = 1e-7
 
 
 def make_anchors(
@@ -81,7 +78,7 @@ def bbox2dist(
     """
     _check_anchors("bbox2dist", anchor_points)
     check_boxes("bbox2dist", "boxes", boxes)
-    anchor_points, boxes = _same_precision(anchor_points, boxes)
+    anchor_points, boxes = same_precision(anchor_points, boxes)
     x1y1, x2y2 = boxes.chunk(2, -1)
     distances = torch.cat(torch.broadcast_tensors(anchor_points - x1y1, x2y2 - anchor_points), -1)
     if max_dist is None:
@@ -112,7 +109,7 @@ def dist2bbox(distances: Tensor, anchor_points: Tensor, *, box_format: str = "xy
     check_boxes("dist2bbox", "distances", distances)
     _check_anchors("dist2bbox", anchor_points)
     check_choice("dist2bbox", "box_format", box_format, BOX_FORMATS)
-    distances, anchor_points = _same_precision(distances, anchor_points)
+    distances, anchor_points = same_precision(distances, anchor_points)
     left_top, right_bottom = distances.chunk(2, -1)
     x1y1, x2y2 = anchor_points - left_top, anchor_points + right_bottom
     if box_format == "xyxy":
@@ -162,65 +159,10 @@ def dfl_targets(
     check_margin("dfl_targets", margin)
     if num_bins < 2:
         raise ValueError(f"dfl_targets: num_bins={num_bins}; a distribution has at least 2 bins.")
-    boxes, anchor_points = _same_precision(boxes_in_pixels, anchor_points)
+    boxes, anchor_points = same_precision(boxes_in_pixels, anchor_points)
     if isinstance(stride, Tensor):
         stride = column(stride).to(boxes.dtype)
     return bbox2dist(anchor_points / stride, boxes / stride, num_bins - 1, margin=margin)
-
-
-def paired_box_iou(a: Tensor, b: Tensor, kind: str = "iou") -> Tensor:
-    """IoU of a[i] with b[i], row by row (not all pairs), in one of its four kinds.
-
-        iou   I / U
-        giou  IoU − (C − U) / C                    C the area of the smallest enclosing box
-        diou  IoU − ρ² / c²                        ρ between the centres, c the enclosing diagonal
-        ciou  IoU − ρ² / c² − α v,                 v = 4/π² (atan(w_b/h_b) − atan(w_a/h_a))²,
-              α = v / (1 − IoU + v), a constant in backward
-
-    1e-7 is added to heights and denominators, so that an empty box gives 0 and no NaN.
-
-    Args:
-        a: (…, 4) boxes as xyxy, in any unit.
-        b: (…, 4) boxes as xyxy in the unit of a; leading axes broadcast.
-        kind: "iou", "giou", "diou" or "ciou".
-
-    Returns:
-        (…), fp64 if an input is fp64, else fp32; differentiable in both boxes.
-
-    Raises:
-        TypeError: for boxes that are no floating-point tensors.
-        ValueError: for boxes without 4 numbers or an unknown kind.
-
-    GIoU: Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630. DIoU and CIoU: Zheng et al.
-    2019, https://arxiv.org/abs/1911.08287.
-    """
-    check_boxes("paired_box_iou", "a", a)
-    check_boxes("paired_box_iou", "b", b)
-    check_choice("paired_box_iou", "kind", kind, IOU_KINDS)
-    a, b = _same_precision(a, b)
-    ax1, ay1, ax2, ay2 = a.unbind(-1)
-    bx1, by1, bx2, by2 = b.unbind(-1)
-    aw, ah = ax2 - ax1, ay2 - ay1 + EPS
-    bw, bh = bx2 - bx1, by2 - by1 + EPS
-    overlap_w = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-    overlap_h = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
-    overlap = overlap_w * overlap_h
-    union = aw * ah + bw * bh - overlap + EPS
-    iou = overlap / union
-    if kind == "iou":
-        return iou
-    enclosing_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
-    enclosing_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
-    if kind == "giou":
-        enclosing = enclosing_w * enclosing_h + EPS
-        return iou - (enclosing - union) / enclosing
-    diagonal = enclosing_w**2 + enclosing_h**2 + EPS
-    apart = ((bx1 + bx2 - ax1 - ax2) ** 2 + (by1 + by2 - ay1 - ay2) ** 2) / 4
-    if kind == "diou":
-        return iou - apart / diagonal
-    v = (4 / math.pi**2) * (torch.atan(bw / bh) - torch.atan(aw / ah)) ** 2
-    alpha = (v / (v - iou + (1 + EPS))).detach()
-    return iou - (apart / diagonal + alpha * v)
 
 
 def column(stride: Tensor) -> Tensor:
@@ -237,7 +179,7 @@ def _check_anchors(op: str, anchor_points: Tensor) -> None:
         )
 
 
-def _same_precision(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def same_precision(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both in fp64 if one is, else both in fp32."""
     dtype = compute_dtype(torch.promote_types(a.dtype, b.dtype))
     return a.to(dtype), b.to(dtype)

@@ -111,7 +111,6 @@ def boxes(
     dim: int,
     settings: Sequence[Any],
     backend: str | None,
-    **options: bool,
 ) -> Any:
     """One of the operators on boxes, or the backward of one.
 
@@ -124,12 +123,11 @@ def boxes(
         dim: 2 or 3.
         settings: what stands between dim and backend in its schema.
         backend: what was asked for; None for the bare, differentiable reference.
-        **options: passed on to the reference.
     """
     with without_autocast(logits.device):
         w = resolve_project(project, positions, compute_dtype(logits.dtype), logits.device)
         if backend is not None:
             backends.choose(op, describe_tensor(logits, dim, project=w is not None), backend)
-        result = getattr(reference, op)(*tensors, w, dim, *settings, **options)
+        result = getattr(reference, op)(*tensors, w, dim, *settings)
         backward = op.endswith("_backward")
         return like_logits(result, logits) if backward and backend is not None else result

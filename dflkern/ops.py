@@ -210,12 +210,11 @@ def _box_loss_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty((), dtype=dtype), logits.new_empty((), dtype=dtype)
 
 
-def _box_loss_backward(*arguments: Any, create_graph: bool = False) -> Any:
+def _box_loss_backward(*arguments: Any) -> Any:
     *tensors, project, positions, dim, margin, iou, backend = arguments
     return implementations.boxes(
-        "box_loss_backward", tensors, tensors[2], project, positions, dim, [margin, iou], backend,
-        create_graph=create_graph,
-    )  # fmt: skip
+        "box_loss_backward", tensors, tensors[2], project, positions, dim, [margin, iou], backend
+    )
 
 
 def _box_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -226,9 +225,7 @@ def _box_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _box_loss_autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        gradient = _box_loss_backward(
-            *grads, *ctx.saved_tensors, *ctx.rest, None, create_graph=True
-        )
+        gradient = _box_loss_backward(*grads, *ctx.saved_tensors, *ctx.rest, None)
     else:
         gradient = torch.ops.dflkern.box_loss_backward(
             *grads, *ctx.saved_tensors, *ctx.rest, ctx.backend

@@ -7,16 +7,19 @@ With x = z − max z, s = Σ exp x, p = exp(x)/s, positions W, and y the target'
 
 Everything is shifted by the maximum before anything is subtracted, since a log-sum-exp minus a
 large logit cancels. All functions take logits of any dtype, compute in fp32 (fp64 for fp64 logits),
-never write into an argument, and are differentiable in the logits and the upstream gradients, which is
-what double backward uses. `project` is None (0, 1, …, K − 1) or a tensor in the compute dtype.
+never write into an argument, and are differentiable in the logits and the upstream gradients, which
+is what double backward uses. `project` is None (0, 1, …, K − 1) or a tensor in the compute dtype.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .geometry import bbox2dist, column, dist2bbox, paired_box_iou
+from .geometry import bbox2dist, column, dist2bbox
+from .iou import paired_box_iou, paired_box_iou_gradient
 from .problem import compute_dtype
 
 
@@ -142,28 +145,15 @@ def box_loss(
     Whatever stands in the logits, boxes and weights of other anchors is replaced before it is used,
     so that a NaN there can reach neither the sums nor, as 0·NaN, the gradient.
     """
-    dtype = compute_dtype(logits.dtype)
-    weight = weight.to(dtype)
-    if weight.ndim == 3:
-        weight = weight.sum(-1)
-    active = weight != 0
-    if foreground is not None:
-        active = active & foreground
-    weight = torch.where(active, weight, 0)
-    sides_first = active[:, None, None, :] if dim == 2 else active[:, :, None, None]
-    logits = torch.where(sides_first, logits.to(dtype), 0)
-    target_boxes = torch.where(active[..., None], target_boxes.to(dtype), 0)
-    anchor_points = anchor_points.to(dtype)
-
-    distances = _sides_last(dfl_decode(logits, project, dim), dim)
-    overlap = paired_box_iou(dist2bbox(distances, anchor_points), target_boxes, iou)
-    target = bbox2dist(anchor_points, target_boxes)
-    if dim == 2:
-        target = target.transpose(1, 2)
-    loss = _sides_last(dfl_loss(logits, target, project, dim, margin), dim).mean(-1)
-
-    normalizer = torch.where(active.any(), normalizer.to(dtype), 1)
-    return (weight * (1 - overlap)).sum() / normalizer, (weight * loss).sum() / normalizer
+    step = _box_step(
+        logits, anchor_points, target_boxes, weight, normalizer, foreground, project, dim
+    )
+    overlap = paired_box_iou(step.boxes, step.target_boxes, iou)
+    loss = _sides_last(dfl_loss(step.logits, step.target, project, dim, margin), dim).mean(-1)
+    return (
+        (step.weight * (1 - overlap)).sum() / step.normalizer,
+        (step.weight * loss).sum() / step.normalizer,
+    )
 
 
 def box_loss_backward(
@@ -179,19 +169,67 @@ def box_loss_backward(
     dim: int,
     margin: float,
     iou: str,
-    *,
-    create_graph: bool = False,
 ) -> Tensor:
-    """The gradient of grad_iou · iou_loss + grad_dfl · dfl_loss by autograd over `box_loss`."""
-    with torch.enable_grad():
-        leaf = logits if create_graph else logits.detach().requires_grad_()
-        losses = box_loss(
-            leaf, anchor_points, target_boxes, weight, normalizer, foreground, project, dim,
-            margin, iou,
-        )  # fmt: skip
-        grads = (grad_iou.to(losses[0].dtype), grad_dfl.to(losses[0].dtype))
-        (gradient,) = torch.autograd.grad(losses, leaf, grads, create_graph=create_graph)
-    return gradient
+    """The gradient a·(p − y) + b·p·(W − E): a from DFL, b from the IoU through the box's side."""
+    step = _box_step(
+        logits, anchor_points, target_boxes, weight, normalizer, foreground, project, dim
+    )
+    scale = (step.weight / step.normalizer).unsqueeze(-1)
+    grad_boxes = -grad_iou * scale * paired_box_iou_gradient(step.boxes, step.target_boxes, iou)
+    first, second = grad_boxes.chunk(2, -1)
+    grad_position = torch.cat((-first, second), -1)
+    grad_loss = (grad_dfl * scale / 4).expand_as(grad_position)
+    if dim == 2:
+        grad_position, grad_loss = grad_position.transpose(1, 2), grad_loss.transpose(1, 2)
+    gradient = dfl_loss_and_decode_backward(
+        grad_loss, grad_position, step.logits, step.target, project, dim, margin
+    )
+    return torch.where(step.active, gradient, 0).to(logits.dtype)
+
+
+class _BoxStep(NamedTuple):
+    """What box_loss and its backward have in common, all of it harmless off the foreground."""
+
+    active: Tensor  # broadcasts to the logits
+    weight: Tensor
+    normalizer: Tensor
+    logits: Tensor
+    target_boxes: Tensor
+    target: Tensor  # of the DFL, in the layout of the logits without their bins
+    boxes: Tensor
+
+
+def _box_step(
+    logits: Tensor,
+    anchor_points: Tensor,
+    target_boxes: Tensor,
+    weight: Tensor,
+    normalizer: Tensor,
+    foreground: Tensor | None,
+    project: Tensor | None,
+    dim: int,
+) -> _BoxStep:
+    dtype = compute_dtype(logits.dtype)
+    weight = weight.to(dtype)
+    if weight.ndim == 3:
+        weight = weight.sum(-1)
+    active = weight != 0
+    if foreground is not None:
+        active = active & foreground
+    everywhere = active[:, None, None, :] if dim == 2 else active[:, :, None, None]
+    logits = torch.where(everywhere, logits.to(dtype), 0)
+    target_boxes = torch.where(active.unsqueeze(-1), target_boxes.to(dtype), 0)
+    anchor_points = anchor_points.to(dtype)
+    target = bbox2dist(anchor_points, target_boxes)
+    return _BoxStep(
+        everywhere,
+        torch.where(active, weight, 0),
+        torch.where(active.any(), normalizer.to(dtype), 1),
+        logits,
+        target_boxes,
+        target.transpose(1, 2) if dim == 2 else target,
+        dist2bbox(_sides_last(dfl_decode(logits, project, dim), dim), anchor_points),
+    )
 
 
 def two_bins(

@@ -3,6 +3,6 @@
 Importing this package imports no Triton; launching does.
 """
 
-from .launch import Argument, LaunchPlan, plan
+from .plans import Argument, LaunchPlan, plan
 
 __all__ = ["Argument", "LaunchPlan", "plan"]

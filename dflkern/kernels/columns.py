@@ -131,13 +131,13 @@ def columns_backward_kernel(
             s += e
             if POSITION:
                 moment = tl.fma(e, position_of(k, project_ptr, PROJECT), moment)
-        a, b = slopes(t, s, moment, grad_loss, grad_position, LOSS, POSITION)
+        a, b, expected = slopes(t, s, moment, grad_loss, grad_position, LOSS, POSITION)
         for k in range(K):
             e = tl.exp2((widen(tl.load(logits_ptr, mask=live, other=0.0)) - m) * LOG2E)
             logits_ptr += bin_stride
-            w = position_of(k, project_ptr, PROJECT)
+            distance = position_of(k, project_ptr, PROJECT) - expected
             y = weight_of(k, t, left, right_weight, PROJECT)
-            g = bin_gradient(e, a, b, w, y, grad_loss, LOSS, POSITION)
+            g = bin_gradient(e, a, b, distance, y, grad_loss, LOSS, POSITION)
             tl.store(grad_logits_ptr, g, mask=live)
             grad_logits_ptr += grad_bin_stride
 

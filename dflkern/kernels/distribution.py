@@ -96,7 +96,7 @@ def backward(
     z, t, left, right_weight, grad_loss, grad_position, project_ptr,
     K: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr, PROJECT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each bin: e_k (a W_k + b) − grad_loss y_k."""
+    """The gradient of each bin: e_k (a (W_k − E) + b) − grad_loss y_k."""
     m = z[0]
     for k in tl.static_range(1, K):
         m = tl.maximum(m, z[k])
@@ -109,40 +109,46 @@ def backward(
         s += e_k
         if POSITION:
             moment = tl.fma(e_k, position_of(k, project_ptr, PROJECT), moment)
-    a, b = slopes(t, s, moment, grad_loss, grad_position, LOSS, POSITION)
+    a, b, expected = slopes(t, s, moment, grad_loss, grad_position, LOSS, POSITION)
     gradient = ()
     for k in tl.static_range(K):
-        w = position_of(k, project_ptr, PROJECT)
+        distance = position_of(k, project_ptr, PROJECT) - expected
         y = weight_of(k, t, left, right_weight, PROJECT)
-        gradient += (bin_gradient(e[k], a, b, w, y, grad_loss, LOSS, POSITION),)
+        gradient += (bin_gradient(e[k], a, b, distance, y, grad_loss, LOSS, POSITION),)
     return gradient
 
 
 @triton.jit
 def slopes(t, s, moment, grad_loss, grad_position, LOSS: tl.constexpr, POSITION: tl.constexpr):
-    """The a and b with p (g_E (W − E) + g_L) = e (a W + b)."""
+    """The a, b and E with p (g_E (W − E) + g_L) = e (a (W − E) + b).
+
+    W − E is left to be subtracted bin by bin: folding a E into b would cancel more digits.
+    """
     r = 1.0 / s
     a = r
     b = r
+    expected = r
     if POSITION:
         a = grad_position * r
-        b = -grad_position * (moment * r)
-        if LOSS:
-            b = b + grad_loss
-        b = b * r
-    else:
-        b = grad_loss * r
+        expected = moment * r
     if LOSS:
-        b = b + t * 0
-    return a, b
+        b = grad_loss * r + t * 0
+    return a, b, expected
 
 
 @triton.jit
-def bin_gradient(e, a, b, w, y, grad_loss, LOSS: tl.constexpr, POSITION: tl.constexpr):
-    """The gradient of one bin."""
-    slope = b
+def bin_gradient(
+    e, a, b, distance, y, grad_loss, LOSS: tl.constexpr, POSITION: tl.constexpr
+):  # fmt: skip
+    """The gradient of one bin, whose position lies distance above the expected one."""
     if POSITION:
-        slope = tl.fma(a, w, b)
+        if LOSS:
+            slope = tl.fma(a, distance, b)
+        else:
+            slope = a * distance
+    else:
+        slope = b
     if LOSS:
         return tl.fma(e, slope, -grad_loss * tl.maximum(y, 0.0))
-    return e * slope
+    else:
+        return e * slope

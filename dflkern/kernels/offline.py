@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .launch import LaunchPlan
+from .plans import LaunchPlan
 
 
 def compile_plan(plan: LaunchPlan, arch: int | str) -> Any:

@@ -106,15 +106,15 @@ def rows_tile_backward_kernel(
     if POSITION:
         moment = tl.sum(e * k, 1)
         grad_position = tl.load(grad_position_ptr + row, mask=live, other=0.0)
-    a, b = slopes(t, s, moment, grad_loss, grad_position, LOSS, POSITION)
+    a, b, expected = slopes(t, s, moment, grad_loss, grad_position, LOSS, POSITION)
     slope = tl.broadcast_to(b[:, None], e.shape)
     if POSITION:
-        slope = tl.fma(tl.broadcast_to(a[:, None], e.shape), tl.broadcast_to(k, e.shape), slope)
+        slope = a[:, None] * (k - expected[:, None])
+        if LOSS:
+            slope += b[:, None]
+    gradient = e * slope
     if LOSS:
-        y = tl.maximum(1.0 - tl.abs(t[:, None] - k), 0.0)
-        gradient = tl.fma(e, slope, -grad_loss[:, None] * y)
-    else:
-        gradient = e * slope
+        gradient -= grad_loss[:, None] * tl.maximum(1.0 - tl.abs(t[:, None] - k), 0.0)
     tl.store(grad_logits_ptr + offset, gradient, mask=mask)
 
 

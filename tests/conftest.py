@@ -1,0 +1,73 @@
+"""Fixtures, and the one environment variable that must be set before a kernel is decorated."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import dflkern
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU, and torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+REFERENCE = pytest.param(("reference", "cpu"), id="reference")
+KERNELS = [
+    pytest.param(("triton", "cpu"), id="triton-interpreted"),
+    pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
+]
+
+
+def _use(name, device):
+    if (name, device) == ("triton", "cpu") and not INTERPRETED:
+        pytest.skip("Triton's interpreter is off: TRITON_INTERPRET=1 was not set")
+    return dflkern.use_backend(name)
+
+
+@pytest.fixture(params=[REFERENCE, *KERNELS])
+def backend(request):
+    """Run a test on every backend; the value is (name, device)."""
+    with _use(*request.param):
+        yield request.param
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request):
+    """Run a test on every backend with kernels of its own, which promise the same bits."""
+    with _use(*request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(request):
+    """The device of the test's backend."""
+    for name in ("backend", "kernels"):
+        if name in request.fixturenames:
+            return torch.device(request.getfixturevalue(name)[1])
+    return torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fill whatever torch.empty returns with NaN, so that an unwritten element cannot hide."""
+    previous = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(previous)
