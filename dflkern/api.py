@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, backends, implementations, reference
-from . import ops as _ops  # noqa: F401  (registers the operators)
+from . import arguments, backends, eager, implementations, reference
 from .checks import REDUCTIONS, Project, check_choice, check_weight
 from .problem import compute_dtype, describe_tensor
 
@@ -261,4 +260,7 @@ def _call(op: str, bound: tuple[Any, ...]) -> Any:
             named["project"], named.pop("positions"), compute_dtype(logits.dtype), logits.device
         )
         return getattr(reference, op)(**named)
-    return getattr(torch.ops.dflkern, op)(*bound, backends.requested())
+    backend = backends.requested()
+    if eager.serves(op, bound[0], backend):
+        return eager.call(op, bound)
+    return getattr(torch.ops.dflkern, op)(*bound, backend)

@@ -72,27 +72,44 @@ class Choice(NamedTuple):
 
 
 def unavailable(backend: str) -> list[str]:
-    """Why a backend can serve nothing on this machine; empty if it can."""
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return ["Triton is not installed (pip install triton; there are builds for Linux)"]
-        return []
-    if backend in ("cpu", "cuda"):
+    """Why a backend can serve nothing on this machine, as far as is known without a build."""
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return ["Triton is not installed (pip install triton; there are builds for Linux)"]
+    if backend == "cpu":
+        from . import native
+
+        return native.refusals()
+    if backend == "cuda":
         return [f"this version of dflkern carries no {DESCRIPTIONS[backend]}"]
     return []
 
 
 def why_not(backend: str, op: str, problem: Problem) -> list[str]:
     """Why a backend cannot serve op on problem; empty if it can."""
+    if backend == "reference":
+        return []
     reasons = unavailable(backend)
-    if backend == "reference" or reasons:
+    if reasons:
         return reasons
+    if op not in DISTRIBUTION_OPS:
+        return [f"it has no kernel for {op} yet"]
+    if backend == "cpu" and problem.device.type != "cpu":
+        return [f"the logits are on {problem.device}"]
     if backend == "triton":
         from .kernels import launch
 
-        if op not in DISTRIBUTION_OPS:
-            return [*reasons, f"there is no Triton kernel for {op} yet"]
-        reasons += launch.why_not(problem)
+        return launch.why_not(problem)
+    return []
+
+
+def _refusals(backend: str, op: str, problem: Problem) -> list[str]:
+    """`why_not`, after the build that the first call on a CPU brings."""
+    reasons = why_not(backend, op, problem)
+    if backend == "cpu" and not reasons:
+        from . import native
+
+        native.load()
+        return native.refusals()
     return reasons
 
 
@@ -104,7 +121,7 @@ def choose(op: str, problem: Problem, name: str) -> Choice:
         RuntimeError: if a backend other than "auto" was asked for and cannot serve the call.
     """
     if name != "auto":
-        reasons = why_not(name, op, problem)
+        reasons = _refusals(name, op, problem)
         if reasons:
             raise RuntimeError(
                 f'{op}: the backend "{name}" was asked for and cannot serve this call: '
@@ -114,7 +131,7 @@ def choose(op: str, problem: Problem, name: str) -> Choice:
         return Choice(name, ())
     refusals: list[tuple[str, tuple[str, ...]]] = []
     for backend in PREFERENCE.get(problem.device.type, ("reference",)):
-        reasons = why_not(backend, op, problem)
+        reasons = _refusals(backend, op, problem)
         if not reasons:
             return Choice(backend, tuple(refusals))
         refusals.append((backend, tuple(reasons)))
@@ -147,15 +164,23 @@ def report(op: str, problem: Problem, name: str) -> str:
             lines.append(f"  {backend}: could serve it")
         else:
             chosen = True
-            lines.append(f"  {backend}: serves it ({DESCRIPTIONS[backend]})")
+            lines.append(f"  {backend}: serves it ({DESCRIPTIONS[backend]}{_state(backend)})")
             lines += _plans(op, problem, backend)
     if not chosen:
         lines.append('  the call would raise; use_backend("auto") takes a backend that can serve')
     return "\n".join(lines)
 
 
+def _state(backend: str) -> str:
+    if backend != "cpu":
+        return ""
+    from . import native
+
+    return f", {native.describe()}"
+
+
 def _plans(op: str, problem: Problem, backend: str) -> list[str]:
-    if backend == "reference" or not problem.count:
+    if backend not in ("triton", "cuda") or not problem.count:
         return []
     from .kernels import plan
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, native, reference
 from .problem import compute_dtype, describe_tensor
 
 Positions = Sequence[float] | None
@@ -52,6 +52,11 @@ def like_logits(gradient: Tensor, logits: Tensor) -> Tensor:
     return result.copy_(gradient)
 
 
+def serves_cpu(logits: Tensor, backend: str) -> bool:
+    """Whether the CPU library, which takes any logits, is what was asked for, and there."""
+    return backend in ("auto", "cpu") and logits.device.type == "cpu" and native.load()
+
+
 def distributions(
     op: str,
     grads: dict[str, Tensor],
@@ -79,6 +84,11 @@ def distributions(
     with without_autocast(logits.device):
         dtype = compute_dtype(logits.dtype)
         w = resolve_project(project, positions, dtype, logits.device)
+        if backend is not None and serves_cpu(logits, backend):
+            operator = getattr(torch.ops.dflkern, f"_cpu_{op}")
+            if target is None:
+                return operator(*grads.values(), logits, w, dim)
+            return operator(*grads.values(), logits, target, w, dim, margin)
         small = {name: grad.to(dtype) for name, grad in grads.items()}
         if target is not None:
             small["target"] = target.to(dtype)

@@ -18,7 +18,14 @@ from torch import Tensor
 from . import implementations
 from .problem import compute_dtype
 
-DISTRIBUTION_OPS = ("dfl_loss", "dfl_decode", "dfl_loss_and_decode")
+# What the operators on single distributions return
+RESULTS = {
+    "dfl_loss": ("loss",),
+    "dfl_decode": ("position",),
+    "dfl_loss_and_decode": ("loss", "position"),
+}
+# Their backwards, by the results whose upstream gradient is there
+BACKWARD = {results: f"{op}_backward" for op, results in RESULTS.items()}
 
 _POSITIONS = "Tensor? project, float[]? positions, int dim"
 _ROWS = {
@@ -78,7 +85,7 @@ def _split(op: str, arguments: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _register_distribution_op(op: str) -> None:
-    results = [name for name in ("loss", "position") if _has(op, name)]
+    results = RESULTS[op]
     count = len(results)
 
     def forward(*arguments: Any) -> Any:
@@ -106,18 +113,14 @@ def _register_distribution_op(op: str) -> None:
         given = {name: grad for name, grad in zip(results, grads, strict=True) if grad is not None}
         if not given:
             return (None,) * inputs
-        return _gradient(given, *ctx.saved_tensors, *ctx.rest), *(None,) * (inputs - 1)
+        return gradient(given, *ctx.saved_tensors, *ctx.rest), *(None,) * (inputs - 1)
 
     _register(op, forward, forward_fake)
     _register(f"{op}_backward", backward, backward_fake)
     _register_autograd(op, setup_context, autograd)
 
 
-def _has(op: str, result: str) -> bool:
-    return result in op or (result == "position" and "decode" in op)
-
-
-def _gradient(
+def gradient(
     grads: dict[str, Tensor],
     logits: Tensor,
     target: Tensor | None,
@@ -128,11 +131,7 @@ def _gradient(
     backend: str,
 ) -> Any:
     """The gradient of the logits, by the operator for those upstream gradients that are there."""
-    op = {
-        ("loss",): "dfl_loss_backward",
-        ("position",): "dfl_decode_backward",
-        ("loss", "position"): "dfl_loss_and_decode_backward",
-    }[tuple(grads)]
+    op = BACKWARD[tuple(grads)]
     if "loss" not in grads:
         target = None
     if torch.is_grad_enabled():  # create_graph: the gradient must be differentiable in turn
@@ -146,7 +145,7 @@ def _gradient(
     return operator(*upstream, logits, target, project, positions, dim, margin, backend)
 
 
-for _op in DISTRIBUTION_OPS:
+for _op in RESULTS:
     _register_distribution_op(_op)
 
 # --- operators on boxes -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Fixtures, and the one environment variable that must be set before a kernel is decorated."""
 
+import contextlib
 import os
 
 import pytest
@@ -9,6 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dflkern
+from dflkern import eager, native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -24,29 +26,36 @@ def pytest_collection_modifyitems(items):
 
 REFERENCE = pytest.param(("reference", "cpu"), id="reference")
 KERNELS = [
+    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(("cpu", "cpu", "registered"), id="cpu-registered"),
     pytest.param(("triton", "cpu"), id="triton-interpreted"),
     pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
 ]
 
 
-def _use(name, device):
+@contextlib.contextmanager
+def _use(monkeypatch, name, device, way="eager"):
     if (name, device) == ("triton", "cpu") and not INTERPRETED:
         pytest.skip("Triton's interpreter is off: TRITON_INTERPRET=1 was not set")
-    return dflkern.use_backend(name)
+    if name == "cpu" and not native.load():
+        pytest.skip(f"no CPU library: {native.describe()}")
+    monkeypatch.setattr(eager, "ENABLED", way == "eager")
+    with dflkern.use_backend(name):
+        yield name, device
 
 
 @pytest.fixture(params=[REFERENCE, *KERNELS])
-def backend(request):
+def backend(request, monkeypatch):
     """Run a test on every backend; the value is (name, device)."""
-    with _use(*request.param):
-        yield request.param
+    with _use(monkeypatch, *request.param) as used:
+        yield used
 
 
 @pytest.fixture(params=KERNELS)
-def kernels(request):
+def kernels(request, monkeypatch):
     """Run a test on every backend with kernels of its own, which promise the same bits."""
-    with _use(*request.param):
-        yield request.param
+    with _use(monkeypatch, *request.param) as used:
+        yield used
 
 
 @pytest.fixture

@@ -67,9 +67,10 @@ def test_everything_public_is_typed_and_documented():
 def test_imports_point_one_way():
     """reference, geometry, problem ← kernels ← backends ← ops ← api ← modules ← demo ← __main__."""
     order = (
-        ("checks", "problem"), ("geometry", "iou"), ("reference",), ("kernels",), ("backends",),
-        ("implementations",), ("ops",), ("arguments",), ("api",), ("modules",), ("__init__",),
-        ("info", "demo"), ("__main__",),
+        ("checks", "problem"), ("geometry", "iou"), ("reference",), ("compiler",),
+        ("kernels", "native"), ("backends",), ("implementations",), ("ops",), ("eager",),
+        ("arguments",), ("api",), ("modules",), ("__init__",), ("info", "demo", "build"),
+        ("__main__",),
     )  # fmt: skip
     rank = {name: i for i, names in enumerate(order) for name in names}
     for path in PACKAGE.rglob("*.py"):

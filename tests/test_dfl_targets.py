@@ -61,7 +61,7 @@ def test_clamp_is_below_the_last_bin():
 
 
 def test_anchors_of_all_levels():
-    """Everything in pixels goes in: anchor points of make_anchors are cells, so times the stride."""
+    """Everything goes in in pixels: anchor points of make_anchors are cells, so times stride."""
     anchors, stride = dflkern.make_anchors([(8, 8), (4, 4), (2, 2)], [8, 16, 32])
     box = torch.tensor([10.0, 12.0, 50.0, 44.0])
     targets = dflkern.dfl_targets(box, anchors * stride, stride, 16)

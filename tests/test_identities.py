@@ -111,7 +111,7 @@ def test_one_hot_and_uniform_decode(backend, device):
 
 
 def test_default_positions_given_as_floats_change_nothing(backend, device):
-    logits, dim = logits_of("rows", 16, torch.float32, device)
+    logits, _ = logits_of("rows", 16, torch.float32, device)
     assert torch.equal(
         dflkern.dfl_decode(logits, project=list(range(16))), dflkern.dfl_decode(logits)
     )

@@ -52,7 +52,7 @@ def test_ramp(backend, device):
 
 
 def test_clamp(backend, device):
-    """Targets −3, 100, 15 and 14.995 with 16 bins: bins 0 and 14, left weight 0.010000229 in fp32."""
+    """Targets −3, 100, 15 and 14.995 with 16 bins: bins 0 and 14, left weight 0.010000229."""
     logits = torch.randn(1, 16, device=device).expand(4, 16)
     loss = dflkern.dfl_loss(logits, torch.tensor([-3, 100, 15, 14.995], device=device))
     log_p = logits[0].double().log_softmax(0)
@@ -111,7 +111,7 @@ def test_dfine_loss_at_nan_target_is_nan(backend, device):
 
 
 def test_side_major_layout():
-    """One-hot distances 1, 2, 3, 4 around (10.5, 20.5) at stride 8, from four ways to store them."""
+    """One-hot distances 1, 2, 3, 4 around (10.5, 20.5) at stride 8, stored in four ways."""
     hot = torch.full((1, 4, 16), -50.0)
     for side in range(4):
         hot[0, side, side + 1] = 50.0

@@ -1,9 +1,9 @@
 """Task-aligned assignment: which anchors answer for which object, and how strongly.
 
-The alignment of anchor a with object g of class c is t = s^α · u^β, with s the score of c at a and u
-the IoU of the predicted box with the true one. The k best aligned anchors inside g's box answer for
-g; one that would answer for several takes the object with the largest IoU. Its class target is t
-scaled so that the best of each object gets that object's largest IoU.
+The alignment of anchor a with object g of class c is t = s^α · u^β, with s the score of c at a and
+u the IoU of the predicted box with the true one. The k best aligned anchors inside g's box answer
+for g; one that would answer for several takes the object with the largest IoU. Its class target is
+t scaled so that the best of each object gets that object's largest IoU.
 
 TOOD, Feng et al. 2021, https://arxiv.org/abs/2108.07755.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..geometry import paired_box_iou
+from .. import paired_box_iou
 
 
 class Assignment(NamedTuple):

@@ -18,7 +18,7 @@ MAX_DETECTIONS = 50  # of an image
 
 
 class Detections(NamedTuple):
-    """What was found in all images: image (N,), box (N, 4) as xyxy in pixels, score and label (N,)."""
+    """What was found: image (N,), ascending; box (N, 4) as xyxy in pixels; score and label (N,)."""
 
     image: Tensor
     box: Tensor

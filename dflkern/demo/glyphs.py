@@ -1,6 +1,6 @@
 """Small ink images: scanned digits, turned and sheared, and the clutter that is no digit.
 
-A glyph is a (GLYPH, GLYPH) square of ink between 0 and 1, smooth enough to be resampled at any scale.
+A glyph is a (GLYPH, GLYPH) square of ink from 0 to 1, smooth enough to be resampled at any scale.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def clutter(digits: Digits, count: int, generator: torch.Generator) -> Tensor:
     across = y * direction.cos() - x * direction.sin()
 
     # From a tight curl to nearly a straight line; cut off by a disc, so that it has two ends.
-    radius, thickness = pick(0.25, 0.95).reciprocal() - 0.8, pick(0.04, 0.12)
+    radius, thickness = pick(0.25, 0.74).reciprocal() - 0.8, pick(0.04, 0.12)
     from_arc = (((across + radius) ** 2 + along**2).sqrt() - radius).abs()
     arcs = _edge(thickness - from_arc) * _edge(0.85 - (x * x + y * y).sqrt())
 

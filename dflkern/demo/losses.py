@@ -32,10 +32,15 @@ def losses(
     strides: Tensor,
     scenes: Scenes,
     config: Config,
+    *,
+    static: bool = False,
 ) -> Losses:
     """Assign, then BCE on all anchors, CIoU and DFL on the foreground.
 
-    The weight w of a foreground anchor is its soft class target.
+    The weight w of a foreground anchor is its soft class target. Assigned by predictions from the
+    first step on, P2, which learns first, would take all objects for good. So training begins, as
+    in the paper, with an assigner that does not look at predictions: here the same one, on squares
+    in the place of predicted boxes.
 
     Args:
         box_logits: (B, 4, K, A), raw.
@@ -44,12 +49,19 @@ def losses(
         strides: (A, 1) pixels per cell.
         scenes: the true boxes and labels.
         config: backend, gains and the assigner's parameters.
+        static: assign by squares of `prior_cells` cells instead of by predictions.
     """
     with use_backend(config.decode_backend):
         boxes = decode_boxes(box_logits, points, strides, dim=2).transpose(1, 2)  # in pixels
     points_in_pixels = points * strides
+    if static:
+        half = 0.5 * config.prior_cells * strides
+        squares = torch.cat((points_in_pixels - half, points_in_pixels + half), -1)
+        seen_scores, seen_boxes = torch.ones_like(class_logits), squares.expand_as(boxes)
+    else:
+        seen_scores, seen_boxes = class_logits.detach().sigmoid(), boxes.detach()
     foreground, true_boxes, scores = assign(
-        class_logits.detach().sigmoid(), boxes.detach(), points_in_pixels,
+        seen_scores, seen_boxes, points_in_pixels,
         scenes.boxes, scenes.labels, scenes.valid,
         top_k=config.top_k, alpha=config.alpha, beta=config.beta,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A small anchor-free detector: backbone, feature pyramid P2 to P5, and a box and class head each."""
+"""A small anchor-free detector: a backbone, a feature pyramid P2 to P5, two heads per level."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..geometry import make_anchors
+from .. import make_anchors
 from .config import NUM_CLASSES, STRIDES
 
-PRIOR = 0.01  # the score of every class at the start: nearly all anchors are background
-# The mean distance in cells at the start. The assigner compares boxes, so this is what first gives
-# small digits to P2 and large ones to P5; from a uniform distribution P2 would get them all.
-FIRST_DISTANCE = 2.0
+PRIOR = 0.002  # the score of every class at the start: nearly all anchors are background
 
 
 class Detector(nn.Module):
@@ -43,11 +40,10 @@ class Detector(nn.Module):
         self.class_towers = nn.ModuleList(_conv(width, width) for _ in STRIDES)
         self.box_heads = nn.ModuleList(nn.Conv2d(width, 4 * num_bins, 1) for _ in STRIDES)
         self.class_heads = nn.ModuleList(nn.Conv2d(width, NUM_CLASSES, 1) for _ in STRIDES)
-        sizes = torch.arange(num_bins) * math.log(1 + 1 / FIRST_DISTANCE)
         for head in self.box_heads:
-            _start(head, -sizes.repeat(4))
+            _start(head, 0.0)  # uniform distributions, whose DFL is ln K
         for head in self.class_heads:
-            _start(head, torch.full((NUM_CLASSES,), math.log(PRIOR / (1 - PRIOR))))
+            _start(head, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Box logits (B, 4, K, A) and class logits (B, A, C) for images (B, 1, H, W).
@@ -91,18 +87,17 @@ def anchors(image_size: int, device: str) -> tuple[Tensor, Tensor]:
     return make_anchors(sizes, STRIDES, device=device)
 
 
-def _start(head: nn.Module, bias: Tensor) -> None:
-    """Let a head say the same everywhere at first."""
+def _start(head: nn.Module, bias: float) -> None:
+    """Let a head say nearly the same everywhere at first."""
     assert isinstance(head, nn.Conv2d)
     assert head.bias is not None
     nn.init.normal_(head.weight, std=0.01)
-    with torch.no_grad():
-        head.bias.copy_(bias)
+    nn.init.constant_(head.bias, bias)
 
 
 def _conv(inputs: int, outputs: int, step: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, step, 1, bias=False),
         nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
+        nn.SiLU(inplace=True),
     )

@@ -32,9 +32,7 @@ class Scenes(NamedTuple):
 def compose(digits: Digits, count: int, config: Config, generator: torch.Generator) -> Scenes:
     """Draw `count` scenes; digits and generator live on the device that the scenes shall be on."""
     places, size, device = config.max_digits, config.image_size, generator.device
-    index = torch.randint(
-        len(digits.labels), (count * places,), generator=generator, device=device
-    )
+    index = torch.randint(len(digits.labels), (count * places,), generator=generator, device=device)
     glyphs = warp(
         digits.images[index],
         uniform((count * places,), -0.2, 0.2, generator),
@@ -44,15 +42,9 @@ def compose(digits: Digits, count: int, config: Config, generator: torch.Generat
     boxes, valid = _place(inks, config, generator)
     ink = glyphs.view(count, places, GLYPH, GLYPH) * valid[..., None, None]
 
-    shapes = clutter(digits, count * config.clutter, generator)
-    shapes = shapes.view(count, config.clutter, GLYPH, GLYPH)
-    centre = uniform((*shapes.shape[:2], 2), 0, size, generator)
-    half = uniform((*shapes.shape[:2], 2), math.log(5), math.log(size / 4), generator).exp()
-    around = torch.cat((centre - half, centre + half), -1)
-    whole = torch.tensor([0.0, 0.0, GLYPH, GLYPH], device=device).expand_as(around)
-
     canvas = _background(count, size, generator)
-    _paint(canvas, shapes, whole, around, uniform((*shapes.shape[:2],), 0.25, 0.75, generator))
+    if config.clutter:
+        _paint_clutter(canvas, digits, config.clutter, generator)
     _paint(canvas, ink, inks, boxes, uniform((count, places), 0.6, 1, generator))
     inverted = uniform((count, 1, 1), 0, 1, generator) < 0.25
     canvas = torch.where(inverted, 1 - canvas, canvas)
@@ -125,20 +117,32 @@ def _place(inks: Tensor, config: Config, generator: torch.Generator) -> tuple[Te
 def _overlap(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over the smaller area, for all pairs of (B, T, 4) and (B, M, 4)."""
     a, b = a[:, :, None], b[:, None]
-    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(
-        min=0
-    )
-    area_a = (a[..., 2:] - a[..., :2]).prod(-1)
-    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
-    return shared.prod(-1) / torch.minimum(area_a, area_b).clamp(min=1e-6)
+    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    shared = sides.clamp(min=0).prod(-1)
+    return shared / torch.minimum(_area(a), _area(b)).clamp(min=1e-6)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
 
 
 def _background(count: int, size: int, generator: torch.Generator) -> Tensor:
     """A slanted plane of grey in each scene."""
     line = torch.arange(size, device=generator.device) / size - 0.5
-    slope_x, slope_y = uniform((2, count, 1, 1), -0.2, 0.2, generator)
+    slope_x, slope_y = uniform((2, count, 1, 1), -0.2, 0.2, generator).unbind()
     level = uniform((count, 1, 1), 0.05, 0.35, generator)
     return (level + slope_x * line + slope_y * line[:, None]).clamp(0, 1)
+
+
+def _paint_clutter(canvas: Tensor, digits: Digits, layers: int, generator: torch.Generator) -> None:
+    """Paint shapes that are no digits anywhere on the canvas (B, S, S), in place."""
+    count, size = canvas.shape[:2]
+    shapes = clutter(digits, count * layers, generator).view(count, layers, GLYPH, GLYPH)
+    centre = uniform((count, layers, 2), 0, size, generator)
+    half = uniform((count, layers, 2), math.log(5), math.log(size / 4), generator).exp()
+    around = torch.cat((centre - half, centre + half), -1)
+    whole = torch.tensor([0.0, 0.0, GLYPH, GLYPH], device=canvas.device).expand_as(around)
+    _paint(canvas, shapes, whole, around, uniform((count, layers), 0.25, 0.75, generator))
 
 
 def _paint(canvas: Tensor, glyphs: Tensor, inks: Tensor, boxes: Tensor, tones: Tensor) -> None:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .config import Config
 from .evaluate import Detections, detect, mean_average_precision
 from .glyphs import load_digits
-from .losses import losses
+from .losses import Losses, losses
 from .model import Detector, anchors
 from .scenes import Scenes, compose
 
@@ -42,9 +43,6 @@ class Run:
     seconds: float
 
 
-Progress = Callable[[int, int, Step], None]
-
-
 def train(
     config: Config,
     on_step: Callable[[int, Step], None] = lambda epoch, step: None,
@@ -63,10 +61,10 @@ def train(
     generator = torch.Generator(config.device).manual_seed(2 * config.seed)
     held_out = torch.Generator(config.device).manual_seed(2 * config.seed + 1)
     scenes = compose(validation_digits, config.validation_scenes, config, held_out)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
         model = Detector(config.num_bins, config.width)
-    model = model.to(config.device, memory_format=torch.channels_last)
+    model = model.to(config.device).to(memory_format=torch.channels_last)
     points, strides = anchors(config.image_size, config.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -80,14 +78,15 @@ def train(
         for _ in range(config.steps_per_epoch):
             batch = compose(train_digits, config.batch_size, config, generator)
             images = batch.images.contiguous(memory_format=torch.channels_last)
-            result = losses(*model(images), points, strides, batch, config)
+            box_logits, class_logits = model(images)
+            static = len(steps) < config.static_steps
+            result = losses(box_logits, class_logits, points, strides, batch, config, static=static)
             optimizer.zero_grad()
-            result.total.backward()  # type: ignore[no-untyped-call]
+            result.total.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
             schedule.step()
-            numbers = torch.stack([*(value.detach() for value in result[:5]), norm]).tolist()
-            steps.append(Step(*numbers, levels=tuple(result.levels.tolist())))
+            steps.append(_step(result, norm))
             on_step(epoch, steps[-1])
         detections = detect(model, points, strides, scenes.images, config)
         recent = steps[-config.steps_per_epoch :]
@@ -100,6 +99,14 @@ def train(
         epochs.append(summary)
         on_epoch(epoch, summary)
     return Run(config, steps, epochs, scenes, detections, time.perf_counter() - began)
+
+
+def _step(result: Losses, norm: Tensor) -> Step:
+    scalars = (result.total, result.box, result.classes, result.dfl, result.floor, norm)
+    # One transfer, hence one wait for the device.
+    numbers = torch.cat((torch.stack(scalars), result.levels)).tolist()
+    total, box, classes, dfl, floor, grad_norm, *levels = numbers
+    return Step(total, box, classes, dfl, floor, grad_norm, tuple(levels))
 
 
 def _rate(step: int, config: Config) -> float:
