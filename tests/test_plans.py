@@ -113,6 +113,21 @@ def test_int64_offsets_in_the_interpreter():
     torch.testing.assert_close(decoded, dflkern.dfl_decode(rows.clone()), rtol=1e-6, atol=1e-6)
 
 
+def test_a_first_launch_under_graph_capture_is_refused(monkeypatch):
+    """Compiling would break the capture; after one warm-up call it is let through."""
+    from dflkern.kernels import launch
+
+    made = plan("dfl_loss", problem_of((77, 16), 1, margin=0.015), "triton")
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with pytest.raises(RuntimeError, match="Run the call once before the capture"):
+        launch._warm_up(made, CUDA)
+    capturing = False
+    launch._warm_up(made, CUDA)
+    capturing = True
+    launch._warm_up(made, CUDA)
+
+
 COMPILE = """
 import json, re, sys
 import torch
