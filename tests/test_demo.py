@@ -263,7 +263,7 @@ def test_training_learns(run):
 
 
 def test_command_writes_all_it_promises(tmp_path, monkeypatch, capsys, run):
-    monkeypatch.setattr("dflkern.demo.config.Config", TINY)
+    monkeypatch.setattr("dflkern.demo.Config", TINY)
     out = tmp_path / "runs" / "demo"
     arguments = ["demo", "--epochs", "2", "--out", str(out), "--backend", "reference"]
     code = __main__.main([*arguments, "--device", "cpu"])

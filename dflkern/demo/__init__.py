@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from ..backends import NAMES
+from .config import Config
 
 # Module to import, and the package that brings it.
 NEEDED = {
@@ -33,10 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=NAMES, default="auto", help="dflkern's backend (default: auto)"
     )
     parser.add_argument(
-        "--epochs", type=_count, default=5, help="passes of 200 steps each (default: 5)"
+        "--epochs",
+        type=_count,
+        default=Config.epochs,
+        help=f"of {Config.steps_per_epoch} steps each (default: {Config.epochs})",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the digits' split, the scenes and the detector"
+        "--seed", type=int, default=Config.seed, help="of split, scenes and detector (default: 0)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)"
@@ -57,9 +61,8 @@ def main(arguments: argparse.Namespace) -> int:
             f"The demo needs {', '.join(missing)}, not installed here: "
             'pip install "dflkern[demo]" brings all it needs.'
         )
-    # Only now: all of these import packages that dflkern itself can do without.
+    # Only now: it imports packages that dflkern itself can do without.
     from . import command
-    from .config import Config
 
     try:
         device = command.choose_device(arguments.device)

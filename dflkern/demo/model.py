@@ -35,7 +35,6 @@ class Detector(nn.Module):
             for i, o in zip(inputs, channels, strict=True)
         )
         self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        self.smooth = nn.ModuleList(_conv(width, width) for _ in STRIDES)
         self.box_towers = nn.ModuleList(_conv(width, width) for _ in STRIDES)
         self.class_towers = nn.ModuleList(_conv(width, width) for _ in STRIDES)
         self.box_heads = nn.ModuleList(nn.Conv2d(width, 4 * num_bins, 1) for _ in STRIDES)
@@ -59,7 +58,6 @@ class Detector(nn.Module):
             features[i] = features[i] + F.interpolate(features[i + 1], scale_factor=2.0)
         boxes, classes = [], []
         for i, feature in enumerate(features):
-            feature = self.smooth[i](feature)
             boxes.append(self.box_heads[i](self.box_towers[i](feature)).flatten(2))
             classes.append(self.class_heads[i](self.class_towers[i](feature)).flatten(2))
         return torch.cat(boxes, 2).unflatten(1, (4, self.num_bins)), torch.cat(

@@ -41,6 +41,12 @@ def draw_curves(run: Run, path: Path) -> None:
     axes[0, 1].set_ylim(bottom=0)
     _curve(axes[0, 2], [step.classes for step in steps], "Class loss", "BCE, nats per unit weight")
     axes[0, 2].set_ylim(bottom=0)
+    switch = run.config.static_steps + 0.5
+    if switch < len(steps):
+        axes[0, 2].axvline(switch, color=GREY, ls=":", lw=1)
+        words = " from here on\n assigned by\n predictions"
+        top = axes[0, 2].get_xaxis_transform()
+        axes[0, 2].text(switch, 0.98, words, color=GREY, fontsize=9, va="top", transform=top)
 
     _curve(axes[1, 0], [step.grad_norm for step in steps], "Gradient norm", "L2, before clipping")
     _limit(axes[1, 0], GRAD_NORM_LIMIT, f"must stay below {GRAD_NORM_LIMIT:.0f}")
@@ -71,11 +77,9 @@ def draw_curves(run: Run, path: Path) -> None:
 
     shares = np.array([step.levels for step in steps])
     bottom = np.zeros(len(epochs))
-    for level, stride in enumerate(STRIDES):
+    for level in range(len(STRIDES)):
         means = shares[:, level].reshape(len(epochs), per_epoch).mean(1)
-        axes[1, 2].bar(
-            epochs, means, 0.7, bottom, color=LEVELS[level], label=f"P{level + 2}, stride {stride}"
-        )
+        axes[1, 2].bar(epochs, means, 0.7, bottom, color=LEVELS[level], label=f"P{level + 2}")
         bottom = bottom + means
     axes[1, 2].set(
         title="Levels that answer for the digits",
@@ -85,7 +89,7 @@ def draw_curves(run: Run, path: Path) -> None:
     )
     axes[1, 2].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1, 2].legend(
-        frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16)
+        frameon=False, fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16)
     )
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
