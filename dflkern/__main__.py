@@ -1,4 +1,4 @@
-"""The command line: `python -m dflkern {info, demo, build}`, also installed as `dflkern`."""
+"""The command line: `python -m dflkern {info, demo, bench, build}`, also installed as `dflkern`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 COMMANDS = {
     "info": (".info", "versions, devices, and the backends with available or why not"),
+    "bench": (".bench", "time dflkern beside PyTorch and the detectors' own code"),
     "build": (".build", "build the CPU library ahead of time"),
     "demo": (".demo", "train a small detector on handwritten digits with dflkern"),
 }

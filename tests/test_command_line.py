@@ -69,7 +69,7 @@ def test_imports_point_one_way():
     order = (
         ("checks", "problem"), ("geometry", "iou"), ("reference",), ("compiler",),
         ("kernels", "native"), ("backends",), ("implementations",), ("ops",), ("eager",),
-        ("arguments",), ("api",), ("modules",), ("__init__",), ("info", "demo", "build"),
+        ("arguments",), ("api",), ("modules",), ("__init__",), ("info", "demo", "build", "bench"),
         ("__main__",),
     )  # fmt: skip
     rank = {name: i for i, names in enumerate(order) for name in names}

@@ -32,14 +32,14 @@ class Config:
     num_bins: int = 16  # K: bins 0 to 15, so 4·16 box channels, not 4·17
     width: int = 48
 
-    steps_per_epoch: int = 180
+    steps_per_epoch: int = 160
     batch_size: int = 16
     learning_rate: float = 8e-3
     weight_decay: float = 0.02
     warmup_steps: int = 50
     clip_norm: float = 10.0
 
-    static_steps: int = 180  # the first steps, assigned without a look at predictions
+    static_steps: int = 160  # the first steps, assigned without a look at predictions
     prior_cells: float = 3.0  # the side of the squares by which they are: 12 pixels on P2, 96 on P5
     top_k: int = 10
     alpha: float = 1.0

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from .config import Config
 from .evaluate import Detections, detect, mean_average_precision
-from .glyphs import load_digits
+from .glyphs import Digits, load_digits
 from .losses import Losses, losses
 from .model import Detector, anchors
 from .scenes import Scenes, compose
@@ -55,6 +56,22 @@ def train(
         on_step: called after every step with the number of the epoch, from 0.
         on_epoch: called after every epoch with its mean losses, seconds and validation mAP.
     """
+    threads = torch.get_num_threads()
+    if torch.device(config.device).type == "cpu":
+        # Operations this small gain little from a second thread, and wait long for it where another
+        # program wants the core; it makes the scenes instead. Sums keep their order, too.
+        torch.set_num_threads(1)
+    try:
+        return _train(config, on_step, on_epoch)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    config: Config,
+    on_step: Callable[[int, Step], None],
+    on_epoch: Callable[[int, dict[str, float]], None],
+) -> Run:
     began = time.perf_counter()
     train_digits, validation_digits = (part.to(config.device) for part in load_digits(config.seed))
     # Streams of their own, so that the validation scenes do not depend on what was trained before.
@@ -71,12 +88,13 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, config))
 
+    batches = _batches(train_digits, config, generator)
     steps: list[Step] = []
     epochs: list[dict[str, float]] = []
     for epoch in range(config.epochs):
         epoch_began = time.perf_counter()
         for _ in range(config.steps_per_epoch):
-            batch = compose(train_digits, config.batch_size, config, generator)
+            batch = next(batches)
             images = batch.images.contiguous(memory_format=torch.channels_last)
             box_logits, class_logits = model(images)
             static = len(steps) < config.static_steps
@@ -99,6 +117,16 @@ def train(
         epochs.append(summary)
         on_epoch(epoch, summary)
     return Run(config, steps, epochs, scenes, detections, time.perf_counter() - began)
+
+
+def _batches(digits: Digits, config: Config, generator: torch.Generator) -> Iterator[Scenes]:
+    """The scenes of each step, made by a thread of its own while the step before is under way."""
+    with ThreadPoolExecutor(max_workers=1) as maker:
+        coming = maker.submit(compose, digits, config.batch_size, config, generator)
+        while True:
+            batch = coming.result()
+            coming = maker.submit(compose, digits, config.batch_size, config, generator)
+            yield batch
 
 
 def _step(result: Losses, norm: Tensor) -> Step:

@@ -1,0 +1,164 @@
+"""Write the README's tables from the recorded results, or with --check say whether they differ.
+
+A table stands between the lines `<!-- begin NAME -->` and `<!-- end NAME -->`; it is empty while
+there is no results/NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BLOCK = re.compile(r"(<!-- begin (\S+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite, or compare; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if different")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    arguments = parser.parse_args(argv)
+    text = arguments.readme.read_text(encoding="utf-8")
+    try:
+        wanted = rewrite(text, arguments.results)
+    except LookupError as error:
+        print(error.args[0], file=sys.stderr)
+        return 1
+    if arguments.check:
+        different = [
+            name
+            for (_, name, old, _), (_, _, new, _) in zip(
+                BLOCK.findall(text), BLOCK.findall(wanted), strict=True
+            )
+            if old != new
+        ]
+        if different:
+            print(
+                f"{arguments.readme.name}: what stands between its markers {', '.join(different)} "
+                "is not what the recorded results say; run `python benchmarks/readme.py`.",
+                file=sys.stderr,
+            )
+            return 1
+        return 0
+    arguments.readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+def rewrite(text: str, results: Path) -> str:
+    """The README with every table made anew.
+
+    Raises:
+        LookupError: for markers of no known table, or a recorded result without its markers.
+    """
+    found = {name for _, name, _, _ in BLOCK.findall(text)}
+    unknown = found - SECTIONS.keys()
+    if unknown:
+        raise LookupError(f"README: no table is called {', '.join(sorted(unknown))}.")
+    for name in SECTIONS.keys() - found:
+        if (results / f"{name}.json").exists():
+            raise LookupError(
+                f"README: {name}.json is recorded, but the lines <!-- begin {name} --> and "
+                f"<!-- end {name} --> are missing."
+            )
+
+    def section(match: re.Match[str]) -> str:
+        path = results / f"{match[2]}.json"
+        if not path.exists():
+            return match[1] + match[4]
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        return f"{match[1]}{SECTIONS[match[2]](recorded)}\n{match[4]}"
+
+    return BLOCK.sub(section, text)
+
+
+def demo(recorded: dict[str, Any]) -> str:
+    """What the demo asked for, and what it measured."""
+    rows = [
+        (row["name"], row["expected"], row["measured"], "yes" if row["met"] else "**no**")
+        for row in recorded["expectations"]
+    ]
+    rows.append(("time", "", f"{recorded['seconds']:.0f} s", ""))
+    epochs = recorded["epochs"]
+    where = _where(recorded["machine"], recorded["versions"])
+    return (
+        f"{_table(('expectation', 'asked', 'measured', 'met'), rows)}\n\n"
+        f"After {epochs} epoch{'s' * (epochs != 1)}, on {where}."
+    )
+
+
+def cpu(recorded: dict[str, Any]) -> str:
+    """The goals with what was measured, the cost of a call, and every ratio below 1."""
+    settings = recorded["settings"]
+    columns = ("work", "against", "asked", "measured", "default allocator", "fastest peer")
+    text = [
+        _table(columns, map(_goal, recorded["goals"])),
+        f"Peer's time over dflkern's for equal work, minima over {settings['rounds']} interleaved "
+        "rounds in one process that keeps freed memory "
+        f"({' '.join(f'`{name}={value}`' for name, value in settings['allocator'].items())}); the "
+        "default allocator's ratio stands beside it, and so does the fastest of all eager, or of "
+        "all compiled, peers. Ultralytics' `DFLoss` ends in a mean over the four sides, and so "
+        "does dflkern where it is held against it.",
+        f"Measured on {_where(recorded['machine'], recorded['versions'])}, "
+        f"commit {recorded['commit'] or 'unknown'}, {recorded['date']}.",
+    ]
+    split = ((recorded["studies"].get("calls") or {}).get("data") or {}).get("split")
+    if split:
+        parts = [f"{row['part']} {row['seconds'] * 1e6:.1f} µs" for row in split]
+        text.append(f"A call of `dfl_loss` on 256 distributions: {', '.join(parts)}.")
+    ratios = [
+        (ratio, name, direction, peer)
+        for name, case in recorded["cases"].items()
+        for direction, row in case.get("passes", {}).items()
+        for peer, ratio in row["ratios"].items()
+    ]
+    lost = sorted(row for row in ratios if row[0] < 1)
+    if lost:
+        text.append(f"Slower than a peer, {len(lost)} of {len(ratios)} ratios:")
+        rows = [(n, d, p, f"{r:.2f}×") for r, n, d, p in lost]
+        text.append(_table(("case", "pass", "peer", "ratio"), rows))
+    else:
+        text.append(f"Slower than a peer: none of {len(ratios)} ratios.")
+    return "\n\n".join(text)
+
+
+def _goal(goal: dict[str, Any]) -> tuple[str, ...]:
+    unit, measured, other = goal["unit"], goal["measured"], goal.get("default_allocator")
+    fastest = goal.get("fastest_of_its_kind")
+    value = "not measured" if measured is None else f"{measured:.2f}{unit}"
+    return (
+        goal["work"],
+        goal["against"],
+        f"{goal['asked']:g}{unit}",
+        f"**{value}**" if goal["met"] is False else value,
+        "" if other is None else f"{other:.1f}{unit}",
+        f"{fastest['ratio']:.2f}×, {fastest['peer']}" if fastest else "",
+    )
+
+
+def _where(machine: dict[str, Any], versions: dict[str, str]) -> str:
+    place = machine.get("gpu") or machine["cpu"]
+    if machine.get("capability"):
+        place += f" ({machine['capability']})"
+    names = {"torch": "PyTorch", "ultralytics": "Ultralytics", "dflkern": "dflkern"}
+    used = [f"{word} {versions[name]}" for name, word in names.items() if name in versions]
+    return f"{place}, {machine['threads']} threads of {machine['cores']} cores, {', '.join(used)}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
+
+
+SECTIONS = {"demo": demo, "cpu": cpu}
+
+if __name__ == "__main__":
+    sys.exit(main())
