@@ -41,6 +41,15 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def digits():
     return glyphs.load_digits(0)

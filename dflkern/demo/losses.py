@@ -39,8 +39,8 @@ def losses(
 
     The weight w of a foreground anchor is its soft class target. Assigned by predictions from the
     first step on, P2, which learns first, would take all objects for good. So training begins, as
-    in the paper, with an assigner that does not look at predictions: here the same one, on squares
-    in the place of predicted boxes.
+    in the code of the method's authors, with an assigner that does not look at predictions: here
+    the same one, on squares in the place of predicted boxes.
 
     Args:
         box_logits: (B, 4, K, A), raw.

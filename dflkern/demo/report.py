@@ -70,7 +70,7 @@ def metrics(run: Run, seconds: float) -> dict[str, Any]:
     numbers["definitions"] = DEFINITIONS
     numbers["config"] = dataclasses.asdict(config)
     numbers["versions"] = _versions()
-    numbers["machine"] = _machine(config.device)
+    numbers["machine"] = _machine(config.device, run.threads)
     return numbers
 
 
@@ -188,11 +188,11 @@ def _versions() -> dict[str, str]:
     return {"dflkern": __version__, "python": platform.python_version(), **versions}
 
 
-def _machine(device: str) -> dict[str, Any]:
+def _machine(device: str, threads: int) -> dict[str, Any]:
     machine = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "system": platform.system(),
     }
     if torch.device(device).type == "cuda":

@@ -42,6 +42,7 @@ class Run:
     scenes: Scenes
     detections: Detections
     seconds: float
+    threads: int  # of one operation; the scenes are made by another thread
 
 
 def train(
@@ -116,7 +117,8 @@ def _train(
         summary["seconds"] = time.perf_counter() - epoch_began
         epochs.append(summary)
         on_epoch(epoch, summary)
-    return Run(config, steps, epochs, scenes, detections, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Run(config, steps, epochs, scenes, detections, seconds, torch.get_num_threads())
 
 
 def _batches(digits: Digits, config: Config, generator: torch.Generator) -> Iterator[Scenes]:
