@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dflkern
-from dflkern.bench import contenders, counts, gate, timing
+from dflkern.bench import contenders, counts, gate, timing, worker
 from dflkern.bench.cases import BYTE_MODEL, CASES, PASSES, make_inputs
 from dflkern.bench.command import KEPT
 
@@ -67,7 +67,7 @@ def test_case(case, direction, gated, benchmark):
             )
     least = benchmark.stats.stats.min if benchmark.stats else float("nan")  # --benchmark-disable
     benchmark.extra_info.update(
-        backend=dflkern.explain(f"dfl_{case.op}", *_arguments(case, leaf), dim=case.dim),
+        backend=worker.served_by(case, leaf),
         threads=torch.get_num_threads(),
         allocator_keeps_memory=all(os.environ.get(name) == KEPT[name] for name in KEPT),
         bytes=case.traffic(direction),
@@ -83,8 +83,3 @@ def test_case(case, direction, gated, benchmark):
 
 def _measure(work, rounds=5):
     return timing.measure([work], rounds, LEAST, DEVICE)[work.label]["minimum"]
-
-
-def _arguments(case, leaf):
-    logits = case.view(leaf)
-    return (logits, logits.select(case.dim, 0).float()) if case.has_target else (logits,)

@@ -10,8 +10,8 @@ constexpr int kMaxBins = 256;
 // Lanes computed together, two vectors of float; a block's lanes are padded to a multiple.
 constexpr int kStep = kVectorBytes / 2;
 
-// Lanes between what is computed and what is fetched from memory. Each bin is a stream of its own, and
-// hardware follows fewer streams than there are bins.
+// Lanes between what is computed and what is fetched from memory. Each bin is a stream of its own,
+// and hardware follows fewer streams than there are bins.
 constexpr int kAhead = 256;
 constexpr int kCacheLine = 64;
 
@@ -48,8 +48,8 @@ DFL_INLINE void fetch_ahead(const F* step) {
   for (size_t i = 0; i < kStep * sizeof(F); i += kCacheLine) __builtin_prefetch(line + i);
 }
 
-// Unrolled loops over bins leave no registers for the constants of exp, whose loads then take longer
-// than the arithmetic; hence loops over bins stay loops, even where their count is known.
+// Unrolled loops over bins leave no registers for the constants of exp, whose loads then take
+// longer than the arithmetic; hence loops over bins stay loops, even where their count is known.
 #define DFL_LOOP _Pragma("GCC unroll 1")
 #define DFL_UNROLL _Pragma("GCC unroll 16")
 
@@ -92,6 +92,61 @@ DFL_INLINE void pick(const F* logits, int64_t stride, const F* target, const Bin
   }
 }
 
+// Sums over bins of e = exp(z - max) and of e W.
+template <class F>
+struct Sums {
+  Vec<F> mass[Step<F>::U] = {}, moment[Step<F>::U] = {};
+};
+
+// exp(z - max) of vector u of bin k, which is also kept if kKeep.
+template <bool kKeep, class F>
+DFL_INLINE Vec<F> exp_of_bin(const F* logits, int u, Vec<F> max, F (*exps)[kStep], int k) {
+  const int i = u * Step<F>::kWidth;
+  const Vec<F> e = exp_nonpositive(load<Vec<F>>(logits + i) - max);
+  if constexpr (kKeep) store(&exps[k][i], e);
+  return e;
+}
+
+// The sums over all bins: masses in pairs, and both in chunks, which rounds less than one long sum.
+template <class F, bool kPosition, bool kKeep>
+DFL_INLINE Sums<F> sum_exps(const F* logits, int64_t stride, int bins, const F* positions,
+                            const Vec<F> (&max)[Step<F>::U], F (*exps)[kStep]) {
+  using V = Vec<F>;
+  constexpr int U = Step<F>::U, kChunk = 16;
+  Sums<F> total;
+  for (int begin = 0; begin < bins; begin += kChunk) {
+    Sums<F> chunk;
+    const int end = bins - begin < kChunk ? bins : begin + kChunk;
+    int k = begin;
+    DFL_LOOP for (; k + 1 < end; k += 2) {
+      const F* next = logits + stride;
+      V first[U];
+      DFL_UNROLL for (int u = 0; u < U; ++u) {
+        first[u] = exp_of_bin<kKeep>(logits, u, max[u], exps, k);
+        if (kPosition) chunk.moment[u] = fma(first[u], splat<V>(positions[k]), chunk.moment[u]);
+      }
+      fetch_ahead(logits);
+      DFL_UNROLL for (int u = 0; u < U; ++u) {
+        const V second = exp_of_bin<kKeep>(next, u, max[u], exps, k + 1);
+        if (kPosition) chunk.moment[u] = fma(second, splat<V>(positions[k + 1]), chunk.moment[u]);
+        chunk.mass[u] += first[u] + second;
+      }
+      fetch_ahead(next);
+      logits = next + stride;
+    }
+    DFL_UNROLL for (int u = 0; u < U; ++u) {
+      if (k < end) {
+        const V e = exp_of_bin<kKeep>(logits, u, max[u], exps, k);
+        chunk.mass[u] += e;
+        if (kPosition) chunk.moment[u] = fma(e, splat<V>(positions[k]), chunk.moment[u]);
+      }
+      total.mass[u] += chunk.mass[u];
+      if (kPosition) total.moment[u] += chunk.moment[u];
+    }
+  }
+  return total;
+}
+
 template <class F, int kBins, bool kLoss, bool kPosition>
 void forward(const Block<F>& block, const Bins<F>& bins, const F* positions) {
   using S = Step<F>;
@@ -99,27 +154,19 @@ void forward(const Block<F>& block, const Bins<F>& bins, const F* positions) {
   const int count = kBins ? kBins : bins.count;
   for (int lane = 0; lane < block.lanes; lane += kStep) {
     const F* logits = block.logits + lane;
-    V max[S::U], sum[S::U] = {}, moment[S::U] = {};
+    V max[S::U];
     find_max(block, lane, count, max);
     Picked<F> picked;
     if (kLoss) pick(logits, block.logits_stride, block.target + lane, bins, picked);
-    const F* at = logits;
-    DFL_LOOP for (int k = 0; k < count; ++k) {
-      DFL_UNROLL for (int u = 0; u < S::U; ++u) {
-        const V e = exp_nonpositive(load<V>(at + u * S::kWidth) - max[u]);
-        sum[u] += e;
-        if (kPosition) moment[u] = fma(e, splat<V>(positions[k]), moment[u]);
-      }
-      fetch_ahead(at);
-      at += block.logits_stride;
-    }
+    const Sums<F> sums = sum_exps<F, kPosition, false>(logits, block.logits_stride, count,
+                                                       positions, max, nullptr);
     DFL_UNROLL for (int u = 0; u < S::U; ++u) {
       const int i = u * S::kWidth;
-      if (kPosition) store(block.position + lane + i, moment[u] / sum[u]);
+      if (kPosition) store(block.position + lane + i, sums.moment[u] / sums.mass[u]);
       if (kLoss) {
         const TwoBins<V> y{V{}, load<V>(picked.left_weight + i), load<V>(picked.right_weight + i)};
         store(block.loss + lane + i,
-              loss_of(sum[u], y, load<V>(picked.left_logit + i) - max[u],
+              loss_of(sums.mass[u], y, load<V>(picked.left_logit + i) - max[u],
                       load<V>(picked.right_logit + i) - max[u]));
       }
     }
@@ -133,22 +180,13 @@ void backward(const Block<F>& block, const Bins<F>& bins, const F* positions) {
   const int count = kBins ? kBins : bins.count;
   alignas(64) F exps[kBins ? kBins : kMaxBins][kStep];
   for (int lane = 0; lane < block.lanes; lane += kStep) {
-    const F* at = block.logits + lane;
-    V max[S::U], sum[S::U] = {}, moment[S::U] = {};
+    V max[S::U];
     find_max(block, lane, count, max);
-    DFL_LOOP for (int k = 0; k < count; ++k) {
-      DFL_UNROLL for (int u = 0; u < S::U; ++u) {
-        const V e = exp_nonpositive(load<V>(at + u * S::kWidth) - max[u]);
-        store(&exps[k][u * S::kWidth], e);
-        sum[u] += e;
-        if (kPosition) moment[u] = fma(e, splat<V>(positions[k]), moment[u]);
-      }
-      fetch_ahead(at);
-      at += block.logits_stride;
-    }
+    const Sums<F> sums = sum_exps<F, kPosition, true>(
+        block.logits + lane, block.logits_stride, count, positions, max, exps);
     DFL_UNROLL for (int u = 0; u < S::U; ++u) {
       const int i = lane + u * S::kWidth;
-      V inverse = 1 / sum[u];
+      V inverse = 1 / sums.mass[u];
       TwoBins<V> y;
       V grad_loss, grad_position;
       if (kLoss) {
@@ -157,7 +195,7 @@ void backward(const Block<F>& block, const Bins<F>& bins, const F* positions) {
         grad_loss = load<V>(block.grad_loss + i);
       }
       if (kPosition) grad_position = load<V>(block.grad_position + i);
-      const V expected = moment[u] * inverse;
+      const V expected = sums.moment[u] * inverse;
       V k_as_number = {}, right = {};
       F* to = block.gradient + i;
       _Pragma("GCC unroll 2") for (int k = 0; k < count; ++k) {

@@ -89,8 +89,8 @@ void store_rows(T* gradient, const int64_t* offsets, int bins, const float* colu
 
 // Reads `lanes` neighbouring distributions, bin after bin; the columns from there to `width` are 0.
 template <class T>
-void load_line(const T* logits, int64_t bin_stride, int bins, float* columns, int64_t width, int lanes,
-               float* max) {
+void load_line(const T* logits, int64_t bin_stride, int bins, float* columns, int64_t width,
+               int lanes, float* max) {
   for (int lane = 0; lane < width; lane += 16) {
     __m256 first = _mm256_set1_ps(-__builtin_inff()), second = first;
     for (int k = 0; k < bins; ++k) {

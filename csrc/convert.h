@@ -1,5 +1,5 @@
-// Storage types of the logits, and their conversion to and from the type of the arithmetic, rounding
-// to nearest even and keeping NaN.
+// Storage types of the logits, and their conversion to and from the type of the arithmetic,
+// rounding to nearest even and keeping NaN.
 
 #pragma once
 

@@ -45,7 +45,7 @@ ScalarType compute_type(const Call& call) {
 // of other types, and of strides that are neither contiguous nor all 0, as after .sum().backward().
 Values values_of(const char* name, Tensor& kept, const Call& call) {
   STD_TORCH_CHECK(kept.is_cpu() && kept.numel() == call.count, "dflkern: ", name, " has ",
-                  kept.numel(), " values for ", call.count, " distributions, or is on another device");
+                  kept.numel(), " values for ", call.count, " distributions, or is not on the CPU");
   if (kept.scalar_type() != compute_type(call)) kept = torch::stable::to(kept, compute_type(call));
   if (kept.is_contiguous()) return {kept.const_data_ptr(), 1};
   const auto strides = kept.strides();
@@ -202,7 +202,9 @@ Tensor dfl_loss_and_decode_backward(Tensor grad_loss, Tensor grad_position, Tens
 }  // namespace dflkern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dflkern, m) {
-  m.def("_cpu_dfl_loss(Tensor logits, Tensor target, Tensor? project, int dim, float margin) -> Tensor");
+  m.def(
+      "_cpu_dfl_loss(Tensor logits, Tensor target, Tensor? project, int dim, float margin) "
+      "-> Tensor");
   m.def("_cpu_dfl_decode(Tensor logits, Tensor? project, int dim) -> Tensor");
   m.def(
       "_cpu_dfl_loss_and_decode(Tensor logits, Tensor target, Tensor? project, int dim, "

@@ -204,7 +204,9 @@ class Case {
     plan(back);
     run(back, 0, back.lines * back.blocks_per_line);
     bool good = true;
-    for (int i = 0; i < n_; ++i) good = good && agrees(i, losses[i], found[i], gradient, loss, position);
+    for (int i = 0; i < n_; ++i) {
+      good = good && agrees(i, losses[i], found[i], gradient, loss, position);
+    }
     expect(good, what);
   }
 
@@ -231,7 +233,8 @@ class Case {
     const int64_t at = i * layout_.stride;
     for (int k = 0; k < bins_; ++k) z.push_back(widened(logits_[at + k * layout_.bin_stride]));
     // The bound of the clamp is rounded as the kernels round it: 1e30 magnifies the difference.
-    const F highest = uniform_ ? F(bins_ - 1 - 0.01) : std::max(positions_.back() - F(0.01), positions_[0]);
+    const F highest = uniform_ ? F(bins_ - 1 - 0.01)
+                               : std::max(positions_.back() - F(0.01), positions_[0]);
     const Exact truth =
         exact(z, targets_[i], w, highest, grads_[i], grads_[i], loss, position);
     const double eps = std::numeric_limits<F>::epsilon() * 8, width = w.back() - w[0] + 1;
@@ -266,11 +269,11 @@ void check_operations(Storage storage) {
                                   Layout{"columns", 1, columns},
                                   Layout{"padded columns", 1, columns + 5},
                                   Layout{"strided", 2 * bins, 2}}) {
-        Case<T> with_numbers(storage, bins, n, layout, true), with_project(storage, bins, n, layout, false);
-        for (Case<T>* it : {&with_numbers, &with_project}) {
-          it->check(true, false);
-          it->check(false, true);
-          it->check(true, true);
+        for (const bool uniform : {true, false}) {
+          Case<T> it(storage, bins, n, layout, uniform);
+          it.check(true, false);
+          it.check(false, true);
+          it.check(true, true);
         }
       }
     }

@@ -40,7 +40,8 @@ DFL_INLINE void store8(Half* to, __m256 x) {
 }
 DFL_INLINE void store8(BFloat16* to, __m256 x) {
   const __m256i words = _mm256_srli_epi32(rounded_to_bf16(x), 16);
-  store_bits(to, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  store_bits(to, _mm_packus_epi32(_mm256_castsi256_si128(words),
+                                  _mm256_extracti128_si256(words, 1)));
 }
 
 // A pair is two rows a and b of eight: low holds a0..a3 b0..b3, high a4..a7 b4..b7. Made while
@@ -56,7 +57,8 @@ DFL_INLINE void load_pair(const Half* a, const Half* b, __m256& low, __m256& hig
   high = _mm256_cvtph_ps(_mm_unpackhi_epi64(a_bits, b_bits));
 }
 DFL_INLINE void load_pair(const BFloat16* a, const BFloat16* b, __m256& low, __m256& high) {
-  const __m256i bits = _mm256_inserti128_si256(_mm256_castsi128_si256(load_bits(a)), load_bits(b), 1);
+  const __m256i bits =
+      _mm256_inserti128_si256(_mm256_castsi128_si256(load_bits(a)), load_bits(b), 1);
   low = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), bits));
   high = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), bits));
 }

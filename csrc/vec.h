@@ -1,5 +1,5 @@
-// Vectors of numbers for CPUs, one distribution per lane. GCC's and Clang's vector extensions do the
-// arithmetic; intrinsics are used where those have no word for an operation.
+// Vectors of numbers for CPUs, one distribution per lane. The compiler's vector extensions (GCC,
+// Clang) do the arithmetic; intrinsics are used where those have no word for an operation.
 
 #pragma once
 

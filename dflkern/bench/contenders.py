@@ -140,7 +140,7 @@ def matmul(z: Tensor, weights: Tensor, dim: int) -> Tensor:
 
 def ultralytics_class(module: str, name: str) -> Any:
     """A class of Ultralytics; None if that is not installed."""
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, AttributeError):
         return getattr(importlib.import_module(f"ultralytics.{module}"), name)
     return None
 

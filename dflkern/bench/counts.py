@@ -23,10 +23,10 @@ _NO_WORK = frozenset(
         "_has_compatible_shallow_copy_type", "_nnpack_available", "_reshape_alias", "_unsafe_view",
         "alias", "as_strided", "as_strided_", "chunk", "contiguous", "detach", "detach_", "empty",
         "empty_like", "empty_strided", "expand", "expand_as", "flatten", "is_nonzero",
-        "lift_fresh", "mT", "movedim", "narrow", "numpy_T", "new_empty", "new_empty_strided", "permute",
-        "reshape", "resize_", "resize_as_", "resolve_conj", "resolve_neg", "result_type", "select",
-        "set_", "slice", "split", "squeeze", "squeeze_", "stride", "t", "to", "transpose",
-        "unbind", "unflatten", "unsqueeze", "unsqueeze_", "view", "view_as",
+        "lift_fresh", "mT", "movedim", "narrow", "new_empty", "new_empty_strided", "numpy_T",
+        "permute", "reshape", "resize_", "resize_as_", "resolve_conj", "resolve_neg",
+        "result_type", "select", "set_", "slice", "split", "squeeze", "squeeze_", "stride", "t",
+        "to", "transpose", "unbind", "unflatten", "unsqueeze", "unsqueeze_", "view", "view_as",
     )
 )  # fmt: skip
 

@@ -102,7 +102,12 @@ def request_json(request: Request) -> str:
     return json.dumps(asdict(request))
 
 
-def _served_by(case: Case, leaf: torch.Tensor) -> str:
+def served_by(case: Case, leaf: torch.Tensor) -> str:
+    """The backend that serves a case.
+
+    Raises:
+        CannotRunError: if the one that was asked for cannot.
+    """
     logits = case.view(leaf)
     try:
         problem = describe_tensor(logits, case.dim)
@@ -115,7 +120,7 @@ def _case(case: Case, request: Request) -> dict[str, Any]:
     if request.compiled:
         torch._dynamo.reset()  # each case compiles the same functions anew
     inputs = make_inputs(case, request.device)
-    found: dict[str, Any] = {"backend": _served_by(case, inputs.leaf)}
+    found: dict[str, Any] = {"backend": served_by(case, inputs.leaf)}
     ours = contenders.own(case, inputs)
     found["faults"] = [fault for one in ours for fault in gate.faults(case, inputs, one)]
     if found["faults"]:
@@ -174,7 +179,7 @@ def _study(name: str, request: Request) -> dict[str, Any]:
     faults = []
     for case in studies.variants(name):
         inputs = make_inputs(case, request.device)
-        _served_by(case, inputs.leaf)
+        served_by(case, inputs.leaf)
         faults += gate.faults(case, inputs, contenders.own(case, inputs)[0])
     if faults:
         return {"faults": faults}
