@@ -82,4 +82,4 @@ def test_case(case, direction, gated, benchmark):
 
 
 def _measure(work, rounds=5):
-    return timing.measure([work], rounds, LEAST, DEVICE)[work.label]["minimum"]
+    return timing.measure([work], timing.Effort(rounds, LEAST), DEVICE)[work.label]["minimum"]

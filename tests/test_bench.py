@@ -33,7 +33,7 @@ def parse(*argv):
 def request(*names, **changes):
     asked = {
         "cases": names, "studies": (), "device": "cpu", "backend": "auto", "threads": None,
-        "rounds": 2, "least": 1e-5, "compiled": False, "counted": True, "allocator": "",
+        "rounds": 2, "least": 1e-5, "limit": 9.0, "compiled": False, "counted": True, "allocator": "",
     }  # fmt: skip
     return worker.Request(**{**asked, **changes})
 
@@ -188,11 +188,17 @@ def test_times_are_those_of_the_calls_alone():
         timing.Work("slow", lambda: time.sleep(0.004)),
         timing.Work("fast", lambda state: None, prepare=lambda: time.sleep(0.002)),
     ]
-    times = timing.measure(works, rounds=3, least=1e-4, device="cpu")
+    times = timing.measure(works, timing.Effort(3, 1e-4), "cpu")
     assert 0.004 <= times["slow"]["minimum"] < 0.02
     assert times["fast"]["minimum"] < 0.001
     assert times["slow"]["calls"] == 1
     assert times["slow"]["rounds"] == 3
+
+
+def test_a_limit_ends_the_rounds():
+    work = timing.Work("slow", lambda: time.sleep(0.002))
+    effort = timing.Effort(rounds=1000, least=1e-4, limit=0.01)
+    assert 3 <= timing.measure([work], effort, "cpu")["slow"]["rounds"] <= 6
 
 
 def test_cuda_times_are_tritons(monkeypatch):
@@ -213,7 +219,7 @@ def test_cuda_times_are_tritons(monkeypatch):
         timing.Work("forward", lambda: "forward"),
         timing.Work("backward", lambda state: state, prepare=lambda: "state"),
     ]
-    times = timing.measure(works, rounds=30, least=1e-3, device="cuda")
+    times = timing.measure(works, timing.Effort(30, 1e-3), "cuda")
     assert times["forward"]["minimum"] == 0.002
     assert times["forward"]["graph"] == 0.001
     assert "graph" not in times["backward"]

@@ -14,7 +14,7 @@ import dflkern
 from .. import arguments, eager, native
 from .cases import DTYPES, MARGIN, Case, make_inputs, named
 from .contenders import own
-from .timing import Context, Time, Work, measure, passes
+from .timing import Context, Effort, Time, Work, measure, passes
 
 CALL_CASE = "loss-rows-64x4x16-fp32"
 DECODE_CASE = "decode-columns-16x64x8400-fp32"
@@ -31,11 +31,11 @@ REGISTERED = "registered operator: "
 COMPILED = "torch.compile: "
 
 
-def run(name: str, rounds: int, least: float, device: str, backend: str, compiled: bool) -> Any:
+def run(name: str, effort: Effort, device: str, backend: str, compiled: bool) -> Any:
     """One study by name, as JSON holds it."""
     if name == "calls":
-        return _calls(rounds, least, device, backend, compiled)
-    return {"dtypes": _dtypes, "threads": _threads}[name](rounds, least, device)
+        return _calls(effort, device, backend, compiled)
+    return {"dtypes": _dtypes, "threads": _threads}[name](effort, device)
 
 
 def variants(name: str) -> list[Case]:
@@ -44,17 +44,17 @@ def variants(name: str) -> list[Case]:
     return [replace(named(case), dtype=dtype) for case in CASES_OF[name] for dtype in dtypes]
 
 
-def _dtypes(rounds: int, least: float, device: str) -> Any:
+def _dtypes(effort: Effort, device: str) -> Any:
     """Seconds by case and dtype, all dtypes in the same rounds."""
     found = {}
     for name, direction in COMPARED.items():
         works = [replace(_own_work(replace(named(name), dtype=d), direction, device), label=d)
                  for d in DTYPES]  # fmt: skip
-        found[name] = {"pass": direction, "times": measure(works, rounds, least, device)}
+        found[name] = {"pass": direction, "times": measure(works, effort, device)}
     return found
 
 
-def _threads(rounds: int, least: float, device: str) -> Any:
+def _threads(effort: Effort, device: str) -> Any:
     """Seconds by case and number of threads, all numbers in the same rounds."""
     if torch.device(device).type != "cpu":
         return {}
@@ -66,7 +66,7 @@ def _threads(rounds: int, least: float, device: str) -> Any:
         works = [
             replace(work, label=str(count), context=_with_threads(count, work)) for count in counts
         ]
-        found[name] = {"pass": direction, "times": measure(works, rounds, least, device)}
+        found[name] = {"pass": direction, "times": measure(works, effort, device)}
     return found
 
 
@@ -90,7 +90,7 @@ def _with_threads(count: int, work: Work) -> Context:
     return context
 
 
-def _calls(rounds: int, least: float, device: str, backend: str, compiled: bool) -> Any:
+def _calls(effort: Effort, device: str, backend: str, compiled: bool) -> Any:
     """What a call of dfl_loss on 256 distributions costs, step by step."""
     case = named(CALL_CASE)
     inputs = make_inputs(case, device)
@@ -133,7 +133,7 @@ def _calls(rounds: int, least: float, device: str, backend: str, compiled: bool)
         torch._dynamo.reset()
         fast = torch.compile(call, fullgraph=True, dynamic=False)
         works += ways(COMPILED, fast, contextlib.nullcontext)
-    times = measure(works, rounds, least, "cpu")  # the host's time, whatever the device
+    times = measure(works, effort, "cpu")  # the host's time, whatever the device
     return {"case": case.name, "times": times, "split": split(times)}
 
 

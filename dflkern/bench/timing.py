@@ -39,6 +39,21 @@ class Work:
     context: Context = contextlib.nullcontext
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure on a CPU.
+
+    Attributes:
+        rounds: in each, every work is sampled once, in a random order.
+        least: seconds that a sample lasts at least, by repeating the call.
+        limit: seconds after which no round begins, once there are three.
+    """
+
+    rounds: int
+    least: float
+    limit: float = math.inf
+
+
 def passes(contender: Contender, leaf: Tensor) -> dict[str, Work]:
     """A contender's forward (without grad), backward alone, and both, as works."""
     function, plain = contender.function, leaf.detach()
@@ -67,13 +82,12 @@ def copy_work(label: str, total_bytes: int, device: str) -> Work:
     return Work(label, lambda: target.copy_(source))
 
 
-def measure(works: Sequence[Work], rounds: int, least: float, device: str) -> dict[str, Time]:
+def measure(works: Sequence[Work], effort: Effort, device: str) -> dict[str, Time]:
     """The seconds per call of each work.
 
     Args:
         works: what to time, labels all different.
-        rounds: in each, every work is sampled once, in a random order.
-        least: seconds that a sample lasts at least, by repeating the call.
+        effort: how long.
         device: a CUDA device's times are triton.testing's.
 
     Returns:
@@ -83,14 +97,19 @@ def measure(works: Sequence[Work], rounds: int, least: float, device: str) -> di
     if torch.device(device).type == "cuda":
         return {work.label: _cuda_time(work) for work in works}
     order = list(works)
-    calls = {work.label: max(1, math.ceil(least / _pilot(work, least))) for work in works}
+    calls = {
+        work.label: max(1, math.ceil(effort.least / _pilot(work, effort.least))) for work in works
+    }
     samples: dict[str, list[float]] = {work.label: [] for work in works}
     shuffled = random.Random(0)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        began = time.perf_counter()
+        for done in range(effort.rounds):
+            if done >= 3 and time.perf_counter() - began > effort.limit:
+                break
             shuffled.shuffle(order)
             for work in order:
                 samples[work.label].append(_sample(work, calls[work.label]))
@@ -98,7 +117,7 @@ def measure(works: Sequence[Work], rounds: int, least: float, device: str) -> di
         if collecting:
             gc.enable()
     return {
-        label: {**summary(values), "rounds": rounds, "calls": calls[label]}
+        label: {**summary(values), "rounds": len(values), "calls": calls[label]}
         for label, values in samples.items()
     }
 

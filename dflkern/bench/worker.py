@@ -20,7 +20,7 @@ from . import contenders, gate, studies
 from .cases import DTYPES, PASSES, Case, make_inputs, named
 from .contenders import COMPILED, Contender
 from .counts import count_kernels, saved_bytes
-from .timing import Time, Work, copy_work, measure, passes
+from .timing import Effort, Time, Work, copy_work, measure, passes
 
 COPY = "copy of the same bytes"
 COPY_LOGITS = "copy of the logits"
@@ -36,8 +36,7 @@ class Request:
         device: a torch device.
         backend: a name for `use_backend`.
         threads: None leaves PyTorch's number.
-        rounds: at each of which everything in a case is sampled once.
-        least: seconds that a sample lasts at least.
+        rounds: as in Effort, like least and limit.
         compiled: whether peers are measured under torch.compile too.
         counted: whether kernels and saved bytes are counted.
         allocator: what to call the allocator's settings in progress lines.
@@ -50,9 +49,15 @@ class Request:
     threads: int | None
     rounds: int
     least: float
+    limit: float
     compiled: bool
     counted: bool
     allocator: str
+
+    @property
+    def effort(self) -> Effort:
+        """How long to measure each pass of a case."""
+        return Effort(self.rounds, self.least, self.limit)
 
 
 def main(argv: list[str]) -> int:
@@ -172,7 +177,7 @@ def _pass(case: Case, direction: str, works: list[Work], request: Request) -> di
     if case.op == "decode" and direction == "forward":
         logits = case.count * case.bins * DTYPES[case.dtype].itemsize
         copies.append(copy_work(COPY_LOGITS, 2 * logits, request.device))
-    return measure([*works, *copies], request.rounds, request.least, request.device)
+    return measure([*works, *copies], request.effort, request.device)
 
 
 def _study(name: str, request: Request) -> dict[str, Any]:
@@ -183,9 +188,7 @@ def _study(name: str, request: Request) -> dict[str, Any]:
         faults += gate.faults(case, inputs, contenders.own(case, inputs)[0])
     if faults:
         return {"faults": faults}
-    data = studies.run(
-        name, request.rounds, request.least, request.device, request.backend, request.compiled
-    )
+    data = studies.run(name, request.effort, request.device, request.backend, request.compiled)
     return {"faults": [], "data": data}
 
 
