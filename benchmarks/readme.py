@@ -111,7 +111,7 @@ def cpu(recorded: dict[str, Any]) -> str:
     split = ((recorded["studies"].get("calls") or {}).get("data") or {}).get("split")
     if split:
         parts = [f"{row['part']} {row['seconds'] * 1e6:.1f} µs" for row in split]
-        text.append(f"A call of `dfl_loss` on 256 distributions: {', '.join(parts)}.")
+        text.append(f"A call of `dfl_loss` on 256 distributions: {'; '.join(parts)}.")
     ratios = [
         (ratio, name, direction, peer)
         for name, case in recorded["cases"].items()
@@ -148,7 +148,9 @@ def _where(machine: dict[str, Any], versions: dict[str, str]) -> str:
         place += f" ({machine['capability']})"
     names = {"torch": "PyTorch", "ultralytics": "Ultralytics", "dflkern": "dflkern"}
     used = [f"{word} {versions[name]}" for name, word in names.items() if name in versions]
-    return f"{place}, {machine['threads']} threads of {machine['cores']} cores, {', '.join(used)}"
+    threads, cores = machine["threads"], machine["cores"]
+    share = f"{threads} thread{'s' * (threads != 1)} of {cores} core{'s' * (cores != 1)}"
+    return f"{place}, {share}, {', '.join(used)}"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

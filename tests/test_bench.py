@@ -33,7 +33,8 @@ def parse(*argv):
 def request(*names, **changes):
     asked = {
         "cases": names, "studies": (), "device": "cpu", "backend": "auto", "threads": None,
-        "rounds": 2, "least": 1e-5, "limit": 9.0, "compiled": False, "counted": True, "allocator": "",
+        "rounds": 2, "least": 1e-5, "limit": 9.0, "compiled": False, "counted": True,
+        "allocator": "",
     }  # fmt: skip
     return worker.Request(**{**asked, **changes})
 

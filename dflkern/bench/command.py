@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, cases: Sequence[Case], studies: Sequence[
         threads=arguments.threads,
         rounds=arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS),
         least=3e-4 if arguments.quick else 2e-3,
-        limit=1.0 if arguments.quick else 1e9,
+        limit=0.7 if arguments.quick else 1e9,
         compiled=not arguments.quick,
         counted=True,
         allocator="allocator keeps memory" if on_cpu else "PyTorch's allocator",
