@@ -90,7 +90,8 @@ DFL_INLINE V polynomial(V x, Element<V> c0, Element<V> c1, C... more) {
 }
 
 // The constants of exp and log by element type. The polynomials are minimax fits, rounded one
-// coefficient at a time with the others refitted; tools/fit_polynomials.py derives them.
+// coefficient at a time with the others refitted; fit_polynomials.py derives them
+// (those of double up to the last digits, which depend on the solver's version).
 template <class F>
 struct Constants;
 

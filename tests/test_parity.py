@@ -117,17 +117,3 @@ def test_large_logits_do_not_cancel(backend, device):
     assert loss.item() == pytest.approx(0.69314718, abs=1e-7)
     huge = torch.tensor([[1e38, -1e38, 3.0, 1e38]], device=device)
     assert dflkern.dfl_decode(huge).item() == pytest.approx(1.5)
-
-
-def test_margin_of_the_launch_grid(monkeypatch):
-    """More programs than the grid's second axis takes: the longest axis moves to the first."""
-    from dflkern.kernels import plan, plans
-    from dflkern.problem import describe
-
-    device = torch.device("cuda")
-    problem = describe((70_000, 16, 100), (2000, 100, 1), torch.float32, device, 1)
-    assert plan("dfl_decode", problem, "triton").grid == (-(-70_000 // 128), 100, 1)
-    monkeypatch.setattr(plans, "GRID_LIMIT", 10**9)
-    plan.cache_clear()
-    assert plan("dfl_decode", problem, "triton").grid == (1, 70_000, 1)
-    plan.cache_clear()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dflkern.kernels import LaunchPlan, plan
+from dflkern.kernels import LaunchPlan, plan, plans
 from dflkern.problem import Axis, describe, merge
 
 CUDA = torch.device("cuda")
@@ -88,6 +88,16 @@ def test_offsets_beyond_31_bits_have_64_bit_arguments():
     types = {a.name: a.type for a in plan("dfl_decode", problem, "triton").arguments}
     assert "i64" in types.values()
     assert types["bin_stride"] == "i32"
+
+
+def test_a_long_axis_walks_the_grids_first_axis(monkeypatch):
+    """The second and third axes of a grid end at 65 535 programs."""
+    problem = problem_of((70_000, 16, 100), 1, stride=(2000, 100, 1))
+    assert plan("dfl_decode", problem, "triton").grid == (-(-70_000 // 128), 100, 1)
+    plan.cache_clear()
+    monkeypatch.setattr(plans, "GRID_LIMIT", 10**9)
+    assert plan("dfl_decode", problem, "triton").grid == (1, 70_000, 1)
+    plan.cache_clear()
 
 
 def test_nothing_is_launched_without_distributions():

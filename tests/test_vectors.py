@@ -9,8 +9,6 @@ import torch.nn.functional as F
 import dflkern
 from support import run
 
-W_DFINE_CENTRE = 16
-
 
 def weighting_function(up=0.5, scale=4.0, last=32):
     """D-FINE's non-uniform positions: ends ±2·up·scale, geometric steps, 0 in the middle."""
@@ -91,7 +89,7 @@ def test_dfine(backend, device):
     project = weighting_function()
     assert len(project) == 33
     assert project[0] == -4
-    assert project[W_DFINE_CENTRE] == 0
+    assert project[16] == 0
     logits = ramp(33, 0.05, count=5).to(device)
     target = torch.tensor([0.3, -5, -4, 4, 7], dtype=torch.float64, device=device)
     loss, position = dflkern.dfl_loss_and_decode(logits, target, project=project, margin=0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..info import cpu_name
 
 _PACKAGES = ("torch", "triton", "ultralytics")
 
@@ -20,7 +21,7 @@ _PACKAGES = ("torch", "triton", "ultralytics")
 def describe(device: str, threads: int) -> dict[str, Any]:
     """Machine, versions, commit and date, as the JSON holds them."""
     machine = {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -53,12 +54,3 @@ def _commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 
 from .. import __version__
+from ..info import cpu_name
 from .config import Config
 from .train import Run, Step
 
@@ -190,7 +191,7 @@ def _versions() -> dict[str, str]:
 
 def _machine(device: str, threads: int) -> dict[str, Any]:
     machine = {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "system": platform.system(),
@@ -198,12 +199,3 @@ def _machine(device: str, threads: int) -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)
     return machine
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
