@@ -7,7 +7,6 @@
 namespace dflkern {
 
 constexpr int kMaxAxes = 64;
-constexpr int kMaxLanes = 64;
 // Blocks of many bins have fewer lanes, so that their columns stay in the L1 cache.
 constexpr int kColumnsSize = 4096, kLargestColumns = kMaxBins * kStep;
 
@@ -19,10 +18,14 @@ struct Axis {
   int64_t size, logits, output, gradient;
 };
 
-// An input of one value per distribution, or (step 0) one value for all.
+// The sides of a box, neighbours in memory in the rows layout.
+constexpr int kSides = 4;
+
+// An input of one value per distribution or, if `mean`, per kSides of them; step 0: one for all.
 struct Values {
   const void* data;
   int step;
+  bool mean;
 };
 
 struct Call {
@@ -37,6 +40,7 @@ struct Call {
   void* gradient;
 
   double margin;
+  bool mean;  // each loss is the mean of kSides neighbours in the order of the outputs
   int bins;
   int64_t bin_stride, gradient_bin_stride;
 

@@ -41,19 +41,20 @@ ScalarType compute_type(const Call& call) {
   return call.storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
 }
 
-// A tensor of one value per distribution as the kernels read it. `kept` owns a copy if one is made:
-// of other types, and of strides that are neither contiguous nor all 0, as after .sum().backward().
-Values values_of(const char* name, Tensor& kept, const Call& call) {
-  STD_TORCH_CHECK(kept.is_cpu() && kept.numel() == call.count, "dflkern: ", name, " has ",
+// A tensor of one value per distribution, or per mean, as the kernels read it. `kept` owns a copy
+// if one is made: of other types, and of strides that are neither contiguous nor all 0, as after
+// .sum().backward().
+Values values_of(const char* name, Tensor& kept, const Call& call, bool mean = false) {
+  STD_TORCH_CHECK(kept.is_cpu() && kept.numel() * (mean ? kSides : 1) == call.count, "dflkern: ", name, " has ",
                   kept.numel(), " values for ", call.count, " distributions, or is not on the CPU");
   if (kept.scalar_type() != compute_type(call)) kept = torch::stable::to(kept, compute_type(call));
-  if (kept.is_contiguous()) return {kept.const_data_ptr(), 1};
+  if (kept.is_contiguous()) return {kept.const_data_ptr(), 1, mean};
   const auto strides = kept.strides();
   if (std::all_of(strides.begin(), strides.end(), [](int64_t s) { return s == 0; })) {
-    return {kept.const_data_ptr(), 0};
+    return {kept.const_data_ptr(), 0, mean};
   }
   kept = torch::stable::contiguous(kept);
-  return {kept.const_data_ptr(), 1};
+  return {kept.const_data_ptr(), 1, mean};
 }
 
 Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType type) {
@@ -113,6 +114,16 @@ void set_project(Call& call, MaybeTensor& project) {
   call.project = project->const_data_ptr();
 }
 
+// Each loss becomes the mean over the last axis of the outputs, the last but one of the logits.
+void set_mean(Call& call, int64_t dim, OutputShape& output) {
+  const bool sides_last = dim == output.dims && dim > 0 && output.sizes[dim - 1] == kSides;
+  STD_TORCH_CHECK(sides_last, "dflkern: a mean over the sides needs logits of (..., ", kSides,
+                  ", bins)");
+  call.mean = true;
+  --output.dims;
+  for (int64_t o = 0; o < output.dims; ++o) output.strides[o] /= kSides;
+}
+
 void execute(Call& call) {
   if (call.count == 0) return;
   plan(call);
@@ -126,9 +137,10 @@ struct Results {
 };
 
 Results run_forward(Tensor logits, MaybeTensor target, MaybeTensor project, int64_t dim,
-                    double margin, bool position) {
+                    double margin, bool position, bool mean = false) {
   OutputShape shape;
   Call call = describe(logits, dim, margin, shape);
+  if (mean) set_mean(call, dim, shape);
   set_project(call, project);
   Results results;
   if (target) {
@@ -147,14 +159,16 @@ Results run_forward(Tensor logits, MaybeTensor target, MaybeTensor project, int6
 }
 
 Tensor run_backward(MaybeTensor grad_loss, MaybeTensor grad_position, Tensor logits,
-                    MaybeTensor target, MaybeTensor project, int64_t dim, double margin) {
+                    MaybeTensor target, MaybeTensor project, int64_t dim, double margin,
+                    bool mean = false) {
   OutputShape shape;
   Call call = describe(logits, dim, margin, shape);
+  if (mean) set_mean(call, dim, shape);
   set_project(call, project);
   call.backward = true;
   if (grad_loss) {
     call.loss = true;
-    call.grad_loss = values_of("grad_loss", *grad_loss, call);
+    call.grad_loss = values_of("grad_loss", *grad_loss, call, call.mean);
     call.target = values_of("target", *target, call);
   }
   if (grad_position) {
@@ -174,8 +188,9 @@ Tensor run_backward(MaybeTensor grad_loss, MaybeTensor grad_position, Tensor log
   return gradient;
 }
 
-Tensor dfl_loss(Tensor logits, Tensor target, MaybeTensor project, int64_t dim, double margin) {
-  return run_forward(logits, target, project, dim, margin, false).loss;
+Tensor dfl_loss(Tensor logits, Tensor target, MaybeTensor project, int64_t dim, double margin,
+                bool mean) {
+  return run_forward(logits, target, project, dim, margin, false, mean).loss;
 }
 Tensor dfl_decode(Tensor logits, MaybeTensor project, int64_t dim) {
   return run_forward(logits, {}, project, dim, 0, true).position;
@@ -186,8 +201,8 @@ std::tuple<Tensor, Tensor> dfl_loss_and_decode(Tensor logits, Tensor target, May
   return {results.loss, results.position};
 }
 Tensor dfl_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, MaybeTensor project,
-                         int64_t dim, double margin) {
-  return run_backward(grad_loss, {}, logits, target, project, dim, margin);
+                         int64_t dim, double margin, bool mean) {
+  return run_backward(grad_loss, {}, logits, target, project, dim, margin, mean);
 }
 Tensor dfl_decode_backward(Tensor grad_position, Tensor logits, MaybeTensor project, int64_t dim) {
   return run_backward({}, grad_position, logits, {}, project, dim, 0);
@@ -203,15 +218,15 @@ Tensor dfl_loss_and_decode_backward(Tensor grad_loss, Tensor grad_position, Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dflkern, m) {
   m.def(
-      "_cpu_dfl_loss(Tensor logits, Tensor target, Tensor? project, int dim, float margin) "
-      "-> Tensor");
+      "_cpu_dfl_loss(Tensor logits, Tensor target, Tensor? project, int dim, float margin, "
+      "bool mean=False) -> Tensor");
   m.def("_cpu_dfl_decode(Tensor logits, Tensor? project, int dim) -> Tensor");
   m.def(
       "_cpu_dfl_loss_and_decode(Tensor logits, Tensor target, Tensor? project, int dim, "
       "float margin) -> (Tensor, Tensor)");
   m.def(
       "_cpu_dfl_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? project, "
-      "int dim, float margin) -> Tensor");
+      "int dim, float margin, bool mean=False) -> Tensor");
   m.def(
       "_cpu_dfl_decode_backward(Tensor grad_position, Tensor logits, Tensor? project, int dim) "
       "-> Tensor");

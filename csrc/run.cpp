@@ -5,6 +5,7 @@
 
 #include "call.h"
 #include "columns.h"
+#include "vector_rows.h"
 
 namespace dflkern {
 namespace {
@@ -51,7 +52,16 @@ void locate_in_line(const Call& call, int64_t block, Place& place) {
   place.gradient[0] = gradient;
 }
 
-// The place of consecutive distributions; lanes that pad the last block repeat its last one.
+void spread(int64_t* offsets, int64_t count, int64_t first, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) offsets[i] = first + i * stride;
+}
+
+// Lanes that pad a block repeat its last one.
+void pad(int64_t* offsets, int lanes, int padded) {
+  std::fill(offsets + lanes, offsets + padded, offsets[lanes - 1]);
+}
+
+// The place of consecutive distributions.
 void locate(const Call& call, int padded, Place& place) {
   int64_t index[kMaxAxes];
   int64_t rest = place.output, logits = 0, gradient = 0;
@@ -67,10 +77,11 @@ void locate(const Call& call, int padded, Place& place) {
   int i = 0;
   for (;;) {
     const int end = static_cast<int>(std::min<int64_t>(place.lanes, i + until));
-    for (; i < end; ++i, logits += inner.logits, gradient += inner.gradient) {
-      place.logits[i] = logits;
-      place.gradient[i] = gradient;
-    }
+    spread(place.logits + i, end - i, logits, inner.logits);
+    logits += (end - i) * inner.logits;
+    if (call.backward) spread(place.gradient + i, end - i, gradient, inner.gradient);
+    gradient += (end - i) * inner.gradient;
+    i = end;
     if (i == place.lanes) break;
     logits -= inner.size * inner.logits;
     gradient -= inner.size * inner.gradient;
@@ -85,36 +96,51 @@ void locate(const Call& call, int padded, Place& place) {
       index[a] = 0;
     }
   }
-  std::fill(place.logits + i, place.logits + padded, place.logits[i - 1]);
+  pad(place.logits, place.lanes, padded);
 }
 
 int padded_lanes(int lanes) { return (lanes + kStep - 1) / kStep * kStep; }
 
-// The values of a block's lanes: in place where they fill it, else in `buffer`.
+// The values of a block's lanes: in place where they fill it, else in `buffer`. A mean passes on
+// its share to each side.
 template <class F>
 const F* gather(const Values& values, const Place& place, F* buffer) {
   if (values.data == nullptr) return nullptr;
-  const F* from = static_cast<const F*>(values.data) + values.step * place.output;
-  const int64_t stride = values.step * place.output_stride;
+  const F* from = static_cast<const F*>(values.data);
   const int padded = padded_lanes(place.lanes);
-  if (stride == 1 && place.lanes == padded) return from;
-  for (int i = 0; i < place.lanes; ++i) buffer[i] = from[i * stride];
+  if (values.mean) {
+    from += values.step * (place.output / kSides);
+    for (int i = 0; i < place.lanes / kSides; ++i) {
+      for (int s = 0; s < kSides; ++s) buffer[i * kSides + s] = from[i * values.step] / kSides;
+    }
+  } else {
+    from += values.step * place.output;
+    const int64_t stride = values.step * place.output_stride;
+    if (stride == 1 && place.lanes == padded) return from;
+    for (int i = 0; i < place.lanes; ++i) buffer[i] = from[i * stride];
+  }
   std::fill(buffer + place.lanes, buffer + padded, F(0));
   return buffer;
 }
 
 template <class F>
-F* in_place(void* values, const Place& place, F* buffer) {
-  const bool whole = place.output_stride == 1 && place.lanes % kStep == 0;
+F* in_place(void* values, bool mean, const Place& place, F* buffer) {
+  const bool whole = place.output_stride == 1 && place.lanes % kStep == 0 && !mean;
   return whole && values != nullptr ? static_cast<F*>(values) + place.output : buffer;
 }
 
 template <class F>
-void scatter(const F* lanes, void* values, const Place& place) {
+void scatter(const F* lanes, void* values, bool mean, const Place& place) {
   if (values == nullptr) return;
-  F* to = static_cast<F*>(values) + place.output;
+  F* to = static_cast<F*>(values) + place.output / (mean ? kSides : 1);
   if (to == lanes) return;
-  for (int i = 0; i < place.lanes; ++i) to[i * place.output_stride] = lanes[i];
+  if (mean) {
+    for (int i = 0; i < place.lanes / kSides; ++i, lanes += kSides) {
+      to[i] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) / kSides;
+    }
+  } else {
+    for (int i = 0; i < place.lanes; ++i) to[i * place.output_stride] = lanes[i];
+  }
 }
 
 template <class T>
@@ -125,6 +151,7 @@ class Runner {
   explicit Runner(const Call& call)
       : call_(call),
         function_(block_function<F>(call)),
+        rows_(rows_function<T>(call)),
         bins_(make_bins(call.bins, static_cast<const F*>(call.project), call.margin)),
         positions_(bins_.positions ? bins_.positions : kWholeNumbers<F>.values) {}
 
@@ -138,6 +165,9 @@ class Runner {
       place.lanes = static_cast<int>(std::min<int64_t>(call_.lanes, call_.count - place.output));
       locate(call_, padded_lanes(place.lanes), place);
     }
+    if constexpr (kHasRows<T>) {
+      if (rows_) return run_rows(place);
+    }
     Block<F> it{};
     it.lanes = padded_lanes(place.lanes);
     load_logits(place, it);
@@ -149,16 +179,38 @@ class Runner {
       function_(it, bins_, positions_);
       store_gradient(place, it);
     } else {
-      it.loss = in_place(call_.loss_out, place, first_);
-      it.position = in_place(call_.position_out, place, second_);
+      it.loss = in_place(call_.loss_out, call_.mean, place, first_);
+      it.position = in_place(call_.position_out, false, place, second_);
       function_(it, bins_, positions_);
-      scatter(it.loss, call_.loss_out, place);
-      scatter(it.position, call_.position_out, place);
+      scatter(it.loss, call_.loss_out, call_.mean, place);
+      scatter(it.position, call_.position_out, false, place);
     }
   }
 
  private:
   static constexpr bool kDirect = sizeof(T) == sizeof(F);
+
+  void run_rows(const Place& place) {
+    Rows<T> it{};
+    it.lanes = padded_lanes(place.lanes);
+    it.count = place.lanes;
+    it.logits = static_cast<const T*>(call_.logits);
+    it.offsets = place.logits;
+    it.target = gather(call_.target, place, target_);
+    if (call_.backward) {
+      it.gradient = static_cast<T*>(call_.gradient);
+      it.gradient_offsets = place.gradient;
+      it.grad_loss = gather(call_.grad_loss, place, first_);
+      it.grad_position = gather(call_.grad_position, place, second_);
+      rows_(it, bins_, positions_);
+    } else {
+      it.loss = in_place(call_.loss_out, call_.mean, place, first_);
+      it.position = in_place(call_.position_out, false, place, second_);
+      rows_(it, bins_, positions_);
+      scatter(it.loss, call_.loss_out, call_.mean, place);
+      scatter(it.position, call_.position_out, false, place);
+    }
+  }
 
   void load_logits(Place& place, Block<F>& it) {
     const T* logits = static_cast<const T*>(call_.logits);
@@ -183,7 +235,10 @@ class Runner {
         return;
       }
     }
-    if (call_.columns) spread(place.logits, place.lanes, it.lanes, 1);
+    if (call_.columns) {
+      spread(place.logits, place.lanes, place.logits[0], 1);
+      pad(place.logits, place.lanes, it.lanes);
+    }
     load_scattered(logits, place.logits, call_.bin_stride, call_.bins, columns_, it.lanes);
   }
 
@@ -215,7 +270,7 @@ class Runner {
       }
     }
     if (call_.columns) {
-      spread(place.gradient, place.lanes, place.lanes, call_.axis[call_.axes - 1].gradient);
+      spread(place.gradient, place.lanes, place.gradient[0], call_.axis[call_.axes - 1].gradient);
     }
     if constexpr (kHasEights<T>) {
       if (stride == 1 && call_.bins >= 8) {
@@ -226,13 +281,9 @@ class Runner {
     store_scattered(gradient, place.gradient, stride, call_.bins, columns_, it.lanes, place.lanes);
   }
 
-  // The offsets of all lanes from the first one's; those that pad the block repeat the last one's.
-  static void spread(int64_t* offsets, int lanes, int padded, int64_t stride) {
-    for (int i = 1; i < padded; ++i) offsets[i] = offsets[i - 1] + (i < lanes ? stride : 0);
-  }
-
   const Call& call_;
   const BlockFunction<F> function_;
+  const RowsFunction<T> rows_;
   const Bins<F> bins_;
   const F* const positions_;
   alignas(64) F columns_[kLargestColumns];
@@ -270,7 +321,7 @@ void plan(Call& call) {
   call.count = 1;
   for (int a = 0; a < call.axes; ++a) call.count *= call.axis[a].size;
   call.columns = false;
-  for (int a = 0; a < call.axes && call.bin_stride != 1; ++a) {
+  for (int a = 0; a < call.axes && call.bin_stride != 1 && !call.mean; ++a) {
     if (call.axis[a].logits != 1 || call.axis[a].size < kShortLine) continue;
     std::rotate(call.axis + a, call.axis + a + 1, call.axis + call.axes);
     call.columns = true;

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, backends, eager, implementations, reference
-from .checks import REDUCTIONS, Project, check_choice, check_weight
+from . import arguments, backends, eager, implementations, reductions, reference
+from .checks import Project, check_choice, check_reduction, check_weight
 from .problem import compute_dtype, describe_tensor
 
 
@@ -45,12 +45,13 @@ def dfl_loss(
         margin: how far below the last bin the clamp sits, in the units of project; at least 0, and
             below 1 without project. 0.01 as in Ultralytics, 0.1 in GFL, 0 in D-FINE.
         weight: factor of each loss; broadcasts to target's shape.
-        reduction: "none" gives w·loss, "sum" Σ w·loss, "mean" Σ w·loss / target.numel().
+        reduction: "none" gives w·loss, "sum" Σ w·loss, "mean" Σ w·loss / target.numel(), and
+            "sides" the mean of w·loss over the sides, the axis before the bins.
             Sums and means over nothing are exactly 0 and part of the graph.
 
     Returns:
         The loss, in nats, fp64 for fp64 logits, else fp32, whatever autocast says: of target's
-        shape for "none", else 0-dim. Its gradient flows to the logits only, in their dtype; it can
+        shape for "none", of that without the sides for "sides", else 0-dim. Its gradient flows to the logits only, in their dtype; it can
         be differentiated again.
 
     Raises:
@@ -60,17 +61,14 @@ def dfl_loss(
 
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
-    check_choice("dfl_loss", "reduction", reduction, REDUCTIONS)
     bound = arguments.dfl_loss(logits, target, dim=dim, project=project, margin=margin)
+    sides = bound[4] - 1
+    check_reduction("dfl_loss", reduction, sides, logits)
     if weight is not None:
         check_weight("dfl_loss", weight, logits, target.shape)
-    loss: Tensor = _call("dfl_loss", bound)
-    if weight is not None:
-        loss = loss * weight.to(loss.dtype)
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total / max(target.numel(), 1) if reduction == "mean" else total
+    if eager.serves(logits, backends.requested()):
+        return eager.dfl_loss(bound, weight, reduction)
+    return reductions.reduce(_call("dfl_loss", bound), weight, reduction, sides)
 
 
 def dfl_decode(logits: Tensor, *, dim: int = -1, project: Project = None) -> Tensor:
@@ -94,6 +92,8 @@ def dfl_decode(logits: Tensor, *, dim: int = -1, project: Project = None) -> Ten
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
     bound = arguments.dfl_decode(logits, dim=dim, project=project)
+    if eager.serves(logits, backends.requested()):
+        return eager.dfl_decode(bound)
     position: Tensor = _call("dfl_decode", bound)
     return position
 
@@ -126,6 +126,8 @@ def dfl_loss_and_decode(
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
     bound = arguments.dfl_loss_and_decode(logits, target, dim=dim, project=project, margin=margin)
+    if eager.serves(logits, backends.requested()):
+        return eager.dfl_loss_and_decode(bound)
     loss, position = _call("dfl_loss_and_decode", bound)
     return loss, position
 
@@ -260,7 +262,4 @@ def _call(op: str, bound: tuple[Any, ...]) -> Any:
             named["project"], named.pop("positions"), compute_dtype(logits.dtype), logits.device
         )
         return getattr(reference, op)(**named)
-    backend = backends.requested()
-    if eager.serves(op, bound[0], backend):
-        return eager.call(op, bound)
-    return getattr(torch.ops.dflkern, op)(*bound, backend)
+    return getattr(torch.ops.dflkern, op)(*bound, backends.requested())

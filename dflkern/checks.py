@@ -17,7 +17,7 @@ Project: TypeAlias = Sequence[float] | Tensor | None
 
 MIN_BINS, MAX_BINS = 2, 256
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REDUCTIONS = ("none", "mean", "sum")
+REDUCTIONS = ("none", "mean", "sum", "sides")
 BOX_FORMATS = ("xyxy", "xywh")
 IOU_KINDS = ("iou", "giou", "diou", "ciou")
 
@@ -96,8 +96,9 @@ def check_logits(op: str, logits: Tensor, dim: int) -> int:
 def check_target(op: str, target: Tensor, logits: Tensor, dim: int) -> None:
     """Target has exactly the shape of logits without dim."""
     check_other(op, "target", target, logits)
-    expected = logits.shape[:dim] + logits.shape[dim + 1 :]
-    if target.shape != expected:
+    expected = list(logits.shape)
+    del expected[dim]
+    if list(target.shape) != expected:
         raise ValueError(
             f"{op}: target has shape {tuple(target.shape)}, but logits of shape "
             f"{tuple(logits.shape)} with dim={dim} need a target of shape {tuple(expected)}: one "
@@ -116,6 +117,17 @@ def check_weight(op: str, weight: Tensor, logits: Tensor, shape: torch.Size) -> 
             f"{op}: weight has shape {tuple(weight.shape)}, which does not broadcast to the "
             f"target's shape {tuple(shape)}. Give it that shape, or size 1 where it is shared: a "
             "weight per anchor for (N, 4) targets has shape (N, 1)."
+        )
+
+
+def check_reduction(op: str, reduction: str, sides: int, logits: Tensor) -> None:
+    """A word out of a few; "sides" needs an axis of that."""
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    if reduction == "sides" and sides < 0:
+        raise ValueError(
+            f'{op}: reduction="sides" is a mean over the axis before the bins, and logits of shape '
+            f"{tuple(logits.shape)} have none there. Pass logits of shape (N, 4, num_bins), or "
+            'reduction="mean".'
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 ABI_TARGET = "2.10"
-CPU_SOURCES = ("dfl_cpu.cpp", "run.cpp", "block_float.cpp", "block_double.cpp")
+CPU_SOURCES = ("dfl_cpu.cpp", "run.cpp", "block_float.cpp", "block_double.cpp", "vector_rows.cpp")
 # -ffp-contract=off: a multiply-add is fused where the source says so and nowhere else
 FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden",

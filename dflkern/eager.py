@@ -16,43 +16,61 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import implementations, ops
+from . import implementations, ops, reductions
 from .problem import compute_dtype
 
 ENABLED = True  # for tests of the other way
 
 
-def serves(op: str, logits: Tensor, backend: str) -> bool:
-    """Whether a call of op may go the short way."""
+def serves(logits: Tensor, backend: str) -> bool:
+    """Whether a call on single distributions may go the short way."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and ENABLED
         and type(logits) is Tensor
-        and op in ops.RESULTS
         and implementations.serves_cpu(logits, backend)
         and not is_in_torch_dispatch_mode()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
-def call(op: str, bound: tuple[Any, ...]) -> Any:
-    """Run op, one of the three on single distributions; differentiable, once and twice.
+def dfl_loss(bound: tuple[Any, ...], weight: Tensor | None, reduction: str) -> Tensor:
+    """The loss, weighted and reduced, from the operator's arguments but the backend."""
+    logits, target, project, positions, dim, margin = bound
+    w = _project(logits, project, positions)
+    if logits.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _Loss.apply(logits, target, w, dim, margin, weight, reduction)
+        return result
+    return _loss(logits, target, w, dim, margin, weight, reduction)
 
-    Args:
-        op: the operator's name.
-        bound: its arguments but the backend.
-    """
-    target, margin = None, 0.0
-    if op == "dfl_decode":
-        logits, project, positions, dim = bound
-    else:
-        logits, target, project, positions, dim, margin = bound
-    w = implementations.resolve_project(
+
+def dfl_decode(bound: tuple[Any, ...]) -> Tensor:
+    """The expected position, from the operator's arguments but the backend."""
+    logits, project, positions, dim = bound
+    w = _project(logits, project, positions)
+    if logits.requires_grad and torch.is_grad_enabled():
+        position: Tensor = _Decode.apply(logits, w, dim)
+        return position
+    return _operator("dfl_decode")(logits, w, dim)
+
+
+def dfl_loss_and_decode(bound: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Both, from the operator's arguments but the backend."""
+    logits, target, project, positions, dim, margin = bound
+    w = _project(logits, project, positions)
+    if logits.requires_grad and torch.is_grad_enabled():
+        results: tuple[Tensor, Tensor] = _LossAndDecode.apply(logits, target, w, dim, margin)
+        return results
+    return _operator("dfl_loss_and_decode")(logits, target, w, dim, margin)
+
+
+def _project(logits: Tensor, project: Tensor | None, positions: Any) -> Tensor | None:
+    if project is None and positions is None:
+        return None
+    return implementations.resolve_project(
         project, positions, compute_dtype(logits.dtype), logits.device
     )
-    if logits.requires_grad and torch.is_grad_enabled():
-        return _Function.apply(op, logits, target, w, dim, margin)
-    return _forward(op, logits, target, w, dim, margin)
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -65,39 +83,106 @@ def _operator(name: str) -> Callable[..., Any]:
 _operators: dict[str, Callable[..., Any]] = {}
 
 
-def _forward(
-    op: str, logits: Tensor, target: Tensor | None, w: Tensor | None, dim: int, margin: float
-) -> Any:
-    if target is None:
-        return _operator(op)(logits, w, dim)
-    return _operator(op)(logits, target, w, dim, margin)
+def _takes_mean(logits: Tensor, dim: int, weight: Tensor | None, reduction: str) -> bool:
+    """Whether the C++ operator itself takes the mean over the sides."""
+    return (
+        reduction == "sides"
+        and weight is None
+        and 0 < dim == logits.ndim - 1
+        and logits.shape[dim - 1] == 4
+    )
 
 
-class _Function(torch.autograd.Function):
-    """The three operators; which one is the first argument."""
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    w: Tensor | None,
+    dim: int,
+    margin: float,
+    weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    mean = _takes_mean(logits, dim, weight, reduction)
+    loss: Tensor = _operator("dfl_loss")(logits, target, w, dim, margin, mean)
+    return loss if mean else reductions.reduce(loss, weight, reduction, dim - 1)
+
+
+class _Loss(torch.autograd.Function):
+    """dfl_loss with its weight and reduction."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        op: str,
         logits: Tensor,
-        target: Tensor | None,
+        target: Tensor,
         w: Tensor | None,
         dim: int,
         margin: float,
+        weight: Tensor | None,
+        reduction: str,
+    ) -> Tensor:
+        """Save logits, target and weight, and run."""
+        ctx.save_for_backward(logits, target, w, weight)
+        ctx.rest = dim, margin, reduction
+        return _loss(logits, target, w, dim, margin, weight, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """The gradient of the logits."""
+        logits, target, w, weight = ctx.saved_tensors
+        dim, margin, reduction = ctx.rest
+        mean = _takes_mean(logits, dim, weight, reduction) and not torch.is_grad_enabled()
+        if not mean and (weight is not None or reduction != "none"):
+            grad = reductions.upstream(grad, weight, reduction, dim - 1, target.shape)
+        if torch.is_grad_enabled():
+            gradient = ops.gradient({"loss": grad}, logits, target, w, None, dim, margin, "cpu")
+        else:
+            backward = _operator("dfl_loss_backward")
+            gradient = backward(grad, logits, target, w, dim, margin, mean)
+        return gradient, None, None, None, None, None, None
+
+
+class _Decode(torch.autograd.Function):
+    """dfl_decode."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, w: Tensor | None, dim: int) -> Tensor:
+        """Save the logits, and run."""
+        ctx.save_for_backward(logits, w)
+        ctx.dim = dim
+        position: Tensor = _operator("dfl_decode")(logits, w, dim)
+        return position
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """The gradient of the logits."""
+        logits, w = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            gradient = ops.gradient({"position": grad}, logits, None, w, None, ctx.dim, 0.0, "cpu")
+        else:
+            gradient = _operator("dfl_decode_backward")(grad, logits, w, ctx.dim)
+        return gradient, None, None
+
+
+class _LossAndDecode(torch.autograd.Function):
+    """dfl_loss_and_decode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, w: Tensor | None, dim: int, margin: float
     ) -> Any:
         """Save logits and target, and run."""
         ctx.save_for_backward(logits, target, w)
         ctx.set_materialize_grads(False)
-        ctx.rest = op, dim, margin
-        return _forward(op, logits, target, w, dim, margin)
+        ctx.rest = dim, margin
+        return _operator("dfl_loss_and_decode")(logits, target, w, dim, margin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """The gradient of the logits by the upstream gradients that are there."""
-        op, dim, margin = ctx.rest
         logits, target, w = ctx.saved_tensors
-        named = zip(ops.RESULTS[op], grads, strict=True)
+        dim, margin = ctx.rest
+        named = zip(ops.RESULTS["dfl_loss_and_decode"], grads, strict=True)
         given = {name: grad for name, grad in named if grad is not None}
         if not given:
             gradient = None
@@ -109,4 +194,4 @@ class _Function(torch.autograd.Function):
                 gradient = operator(*given.values(), logits, target, w, dim, margin)
             else:
                 gradient = operator(*given.values(), logits, w, dim)
-        return None, gradient, None, None, None, None
+        return gradient, None, None, None, None

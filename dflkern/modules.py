@@ -39,7 +39,7 @@ class DFLoss(nn.Module):
         dim: the axis of the bins.
         project: the position of each bin, or None; the values of a tensor are read here, once.
         margin: how far below the last bin targets are clamped.
-        reduction: "none", "mean" or "sum".
+        reduction: "none", "mean", "sum" or "sides".
 
     Raises:
         ValueError: for a project that does not increase, or a bad margin or reduction.

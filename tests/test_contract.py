@@ -60,10 +60,38 @@ def test_reductions(backend, device):
             ("none", weighted),
             ("sum", weighted.sum()),
             ("mean", weighted.sum() / 40),
+            ("sides", weighted.mean(-1)),
         ):
             actual = dflkern.dfl_loss(logits, target, weight=weight, reduction=reduction)
             assert actual.dtype == torch.float32
             torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("layout", ["rows-4d", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mean_over_sides(backend, device, layout, dtype):
+    """The axis before the bins, in every layout; the same gradient as that of a mean."""
+    logits, dim = logits_of(layout, 16, dtype, device)
+    target = targets_for(logits, dim)
+    leaf, twin = (logits.clone().requires_grad_() for _ in "ab")
+    loss = dflkern.dfl_loss(leaf, target, dim=dim, reduction="sides")
+    expected = dflkern.dfl_loss(twin, target, dim=dim).mean(dim % logits.ndim - 1)
+    torch.testing.assert_close(loss, expected)
+    upstream = torch.randn_like(expected)
+    loss.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(leaf.grad, twin.grad)
+
+
+def test_mean_over_sides_can_be_differentiated_twice(backend, device):
+    leaf = torch.randn(3, 4, 8, device=device, dtype=torch.float64, requires_grad=True)
+    target = torch.rand(3, 4, device=device, dtype=torch.float64) * 7
+
+    def loss(logits):
+        return dflkern.dfl_loss(logits, target, reduction="sides")
+
+    assert gradcheck(loss, leaf)
+    assert gradgradcheck(loss, leaf)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

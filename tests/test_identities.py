@@ -147,19 +147,15 @@ def test_bits_do_not_depend_on_the_neighbours(kernels, device, layout, num_bins,
         assert torch.equal(a, torch.cat((b, c)))
 
 
-def test_bits_do_not_depend_on_padding_and_offset(kernels, device):
-    """Strided rows, misaligned rows and padded rows are served by one kernel."""
+@pytest.mark.parametrize("step", [1, 2])
+def test_bits_do_not_depend_on_padding_and_offset(kernels, device, step):
+    """Rows with gaps and misaligned rows are served by one kernel; so are rows of spaced bins."""
     values = torch.randn(19, 16, device=device)
     target = torch.rand(19, device=device) * 15
-    storage = torch.zeros(19 * 40 + 7, device=device)
-    views = [
-        storage[5 : 5 + 19 * 20].view(19, 20)[:, 2:18],
-        storage[1 : 1 + 19 * 40].view(19, 40)[:, 3:35:2],
-        storage[1 : 1 + 19 * 16].view(19, 16),
-    ]
     results = []
-    for view in views:
-        storage.zero_()
+    for offset, width, first in ((5, 36, 2), (1, 40, 3), (0, 32, 0)):
+        storage = torch.zeros(19 * width + offset, device=device)
+        view = storage[offset:].view(19, width)[:, first : first + 16 * step : step]
         view.copy_(values)
         results.append(run("both", view, target, 1))
     for (loss, position), gradient in results[1:]:

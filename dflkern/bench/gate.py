@@ -63,7 +63,7 @@ def expected(case: Case, inputs: Inputs, *, mean: bool, exact: bool) -> Values:
         result: Outputs = function(logits, target, None, case.dim, MARGIN)
         if not mean:
             return result
-        return as_tuple(result)[0].mean(-1, keepdim=True)
+        return as_tuple(result)[0].mean(-1)
 
     return evaluate(definition, inputs.leaf.double() if exact else inputs.leaf)
 
