@@ -9,6 +9,7 @@ namespace dflkern {
 constexpr int kMaxBins = 256;
 // Lanes computed together, two vectors of float; a block's lanes are padded to a multiple.
 constexpr int kStep = kVectorBytes / 2;
+constexpr int kMaxLanes = 64;
 
 // Lanes between what is computed and what is fetched from memory. Each bin is a stream of its own,
 // and hardware follows fewer streams than there are bins.

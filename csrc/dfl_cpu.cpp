@@ -1,45 +1,12 @@
-// The CPU operators, on LibTorch's stable ABI and without Python: _cpu_<name> computes what the
-// function <name> of dflkern/reference.py does, for logits of any strides.
+// The CPU operators on single distributions, without Python: _cpu_<name> computes what the function
+// <name> of dflkern/reference.py does, for logits of any strides.
 
-#include <algorithm>
-#include <optional>
-#include <string>
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include "call.h"
+#include "tensors.h"
 
 namespace dflkern {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-// Fewer bins than this are not worth waking a thread for.
-constexpr int64_t kBinsPerThread = 1 << 14;
-
-Storage storage_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::kFloat;
-    case ScalarType::Double:
-      return Storage::kDouble;
-    case ScalarType::Half:
-      return Storage::kHalf;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "dflkern: logits must be fp16, bf16, fp32 or fp64");
-  }
-}
-
-ScalarType compute_type(const Call& call) {
-  return call.storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
-}
 
 // A tensor of one value per distribution, or per mean, as the kernels read it. `kept` owns a copy
 // if one is made: of other types, and of strides that are neither contiguous nor all 0, as after
@@ -57,63 +24,6 @@ Values values_of(const char* name, Tensor& kept, const Call& call, bool mean = f
   return {kept.const_data_ptr(), 1, mean};
 }
 
-Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType type) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// The shape of the logits without the bins, with contiguous strides.
-struct OutputShape {
-  int64_t dims = 0;
-  int64_t sizes[kMaxAxes], strides[kMaxAxes];
-
-  Tensor empty(const Call& call) const {
-    return dflkern::empty(sizes, strides, dims, compute_type(call));
-  }
-};
-
-// A call with the logits, the bins and, without strides of a gradient yet, the axes filled in.
-Call describe(const Tensor& logits, int64_t dim, double margin, OutputShape& output) {
-  Call call{};
-  const auto sizes = logits.sizes(), strides = logits.strides();
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  STD_TORCH_CHECK(logits.is_cpu(), "dflkern: logits must be on the CPU");
-  STD_TORCH_CHECK(0 <= dim && dim < dims && dims <= kMaxAxes, "dflkern: dim is out of range");
-  STD_TORCH_CHECK(2 <= sizes[dim] && sizes[dim] <= kMaxBins, "dflkern: there must be 2 to ",
-                  kMaxBins, " bins, not ", sizes[dim]);
-  call.storage = storage_of(logits);
-  call.logits = logits.const_data_ptr();
-  call.bins = static_cast<int>(sizes[dim]);
-  call.bin_stride = strides[dim];
-  call.margin = margin;
-  call.count = 1;
-  output.dims = dims - 1;
-  for (int64_t a = dims - 1, o = output.dims; a >= 0; --a) {
-    if (a == dim) continue;
-    output.sizes[--o] = sizes[a];
-    output.strides[o] = call.count;
-    call.axis[o] = {sizes[a], strides[a], call.count, 0};
-    call.count *= sizes[a];
-  }
-  call.axes = static_cast<int>(output.dims);
-  return call;
-}
-
-void set_project(Call& call, MaybeTensor& project) {
-  if (!project) return;
-  STD_TORCH_CHECK(project->is_cpu() && project->numel() == call.bins,
-                  "dflkern: project needs a position for each of the ", call.bins, " bins");
-  if (project->scalar_type() != compute_type(call)) {
-    project = torch::stable::to(*project, compute_type(call));
-  }
-  project = project->is_contiguous() ? *project : torch::stable::contiguous(*project);
-  call.project = project->const_data_ptr();
-}
-
 // Each loss becomes the mean over the last axis of the outputs, the last but one of the logits.
 void set_mean(Call& call, int64_t dim, OutputShape& output) {
   const bool sides_last = dim == output.dims && dim > 0 && output.sizes[dim - 1] == kSides;
@@ -122,14 +32,6 @@ void set_mean(Call& call, int64_t dim, OutputShape& output) {
   call.mean = true;
   --output.dims;
   for (int64_t o = 0; o < output.dims; ++o) output.strides[o] /= kSides;
-}
-
-void execute(Call& call) {
-  if (call.count == 0) return;
-  plan(call);
-  const int64_t grain = std::max<int64_t>(1, kBinsPerThread / (call.bins * call.lanes));
-  torch::stable::parallel_for(0, call.lines * call.blocks_per_line, grain,
-                              [&call](int64_t begin, int64_t end) { run(call, begin, end); });
 }
 
 struct Results {
@@ -175,15 +77,8 @@ Tensor run_backward(MaybeTensor grad_loss, MaybeTensor grad_position, Tensor log
     call.position = true;
     call.grad_position = values_of("grad_position", *grad_position, call);
   }
-  const auto sizes = logits.sizes();
-  Tensor gradient = logits.is_contiguous()
-                        ? empty(sizes.data(), logits.strides().data(), sizes.size(),
-                                logits.scalar_type())
-                        : torch::stable::empty_like(logits);
-  const auto strides = gradient.strides();
-  call.gradient = gradient.mutable_data_ptr();
-  call.gradient_bin_stride = strides[dim];
-  for (int a = 0; a < call.axes; ++a) call.axis[a].gradient = strides[a < dim ? a : a + 1];
+  Tensor gradient = empty_gradient(logits);
+  set_gradient(call, gradient, dim);
   execute(call);
   return gradient;
 }

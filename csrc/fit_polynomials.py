@@ -1,4 +1,4 @@
-"""Derives the polynomials of csrc/dfl_math.h: minimax fits with rounded coefficients.
+"""Derives the polynomials of csrc/dfl_math.h and iou.h: minimax fits with rounded coefficients.
 
     python csrc/fit_polynomials.py          # needs numpy, scipy, mpmath
 
@@ -8,6 +8,7 @@ that the later ones make up for the rounding of the earlier ones.
 
 exp(r) is fitted on |r| <= ln 2 / 2 for relative error, with exp(0) = 1 fixed. log uses
 log((1 + q) / (1 - q)) = q (2 + q^2 c(q^2)) with q = f / (2 + f), |q| <= 3 - 2 sqrt 2; c is fitted.
+atan(u) = u (1 + u^2 c(u^2)) on 0 <= u <= 1; c is fitted for relative error.
 """
 
 from __future__ import annotations
@@ -76,8 +77,16 @@ def log_core(z: mp.mpf) -> mp.mpf:
     return (2 * mp.atanh(q) / q - 2) / z
 
 
+def atan_core(z: mp.mpf) -> mp.mpf:
+    """(atan(u) / u - 1) / u^2 at z = u^2."""
+    if z < mp.mpf("1e-14"):
+        return -mp.mpf(1) / 3 + z / 5
+    u = mp.sqrt(z)
+    return (mp.atan(u) / u - 1) / z
+
+
 def main() -> None:
-    """Print the coefficients and errors of all four fits."""
+    """Print the coefficients and errors of all fits."""
     half = float(mp.log(2) / 2) * 1.0005
     square = float((3 - 2 * mp.sqrt(2)) ** 2) * 1.001
 
@@ -87,9 +96,13 @@ def main() -> None:
     def of_log(z: mp.mpf) -> mp.mpf:  # the error of q^3 c relative to log = 2 q
         return z / 2
 
+    def of_atan(z: mp.mpf) -> mp.mpf:  # the error of u^3 c relative to atan
+        return z / (1 + z * atan_core(z))
+
     fits = {
         "exp float": (mp.exp, inverse_exp, range(6), -half, half, np.float32, {0: 1}, 30, 24),
         "log float": (log_core, of_log, range(3), 0, square, np.float32, None, 30, 24),
+        "atan float": (atan_core, of_atan, range(8), 0, 1, np.float32, None, 30, 24),
         "exp double": (mp.exp, inverse_exp, range(12), -half, half, float, {0: 1, 1: 1}, 52, 53),
         "log double": (log_core, of_log, range(7), 0, square, float, None, 54, 53),
     }

@@ -1,35 +1,15 @@
-// From a call to blocks: the layouts, and the copies between memory and a block's columns.
+// From a call to blocks: the layouts, and where the values of a block's lanes are.
 
 #include <algorithm>
 #include <utility>
 
-#include "call.h"
-#include "columns.h"
-#include "vector_rows.h"
+#include "lanes.h"
 
 namespace dflkern {
 namespace {
 
 // Below this, an axis of stride 1 is too short to fill a block's lanes.
 constexpr int kShortLine = 16;
-
-template <class F>
-struct WholeNumbers {
-  F values[kMaxBins];
-  constexpr WholeNumbers() : values() {
-    for (int k = 0; k < kMaxBins; ++k) values[k] = F(k);
-  }
-};
-template <class F>
-constexpr WholeNumbers<F> kWholeNumbers;
-
-// Where a block lies: offsets in elements of its first lane, or of each lane if it is no line.
-struct Place {
-  int lanes;  // that hold distributions
-  int64_t output;
-  int64_t output_stride;
-  int64_t logits[kMaxLanes], gradient[kMaxLanes];
-};
 
 // The place of a part of a line; only the first lane's offsets in the logits are set.
 void locate_in_line(const Call& call, int64_t block, Place& place) {
@@ -52,17 +32,8 @@ void locate_in_line(const Call& call, int64_t block, Place& place) {
   place.gradient[0] = gradient;
 }
 
-void spread(int64_t* offsets, int64_t count, int64_t first, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) offsets[i] = first + i * stride;
-}
-
-// Lanes that pad a block repeat its last one.
-void pad(int64_t* offsets, int lanes, int padded) {
-  std::fill(offsets + lanes, offsets + padded, offsets[lanes - 1]);
-}
-
 // The place of consecutive distributions.
-void locate(const Call& call, int padded, Place& place) {
+void locate(const Call& call, Place& place) {
   int64_t index[kMaxAxes];
   int64_t rest = place.output, logits = 0, gradient = 0;
   for (int a = call.axes - 1; a >= 0; --a) {
@@ -96,10 +67,8 @@ void locate(const Call& call, int padded, Place& place) {
       index[a] = 0;
     }
   }
-  pad(place.logits, place.lanes, padded);
+  pad(place.logits, place.lanes);
 }
-
-int padded_lanes(int lanes) { return (lanes + kStep - 1) / kStep * kStep; }
 
 // The values of a block's lanes: in place where they fill it, else in `buffer`. A mean passes on
 // its share to each side.
@@ -148,12 +117,7 @@ class Runner {
   using F = Compute<T>;
 
  public:
-  explicit Runner(const Call& call)
-      : call_(call),
-        function_(block_function<F>(call)),
-        rows_(rows_function<T>(call)),
-        bins_(make_bins(call.bins, static_cast<const F*>(call.project), call.margin)),
-        positions_(bins_.positions ? bins_.positions : kWholeNumbers<F>.values) {}
+  explicit Runner(const Call& call) : call_(call), lanes_(call) {}
 
   void run(int64_t block) {
     Place place;
@@ -163,131 +127,27 @@ class Runner {
       place.output = block * call_.lanes;
       place.output_stride = 1;
       place.lanes = static_cast<int>(std::min<int64_t>(call_.lanes, call_.count - place.output));
-      locate(call_, padded_lanes(place.lanes), place);
+      locate(call_, place);
     }
-    if constexpr (kHasRows<T>) {
-      if (rows_) return run_rows(place);
-    }
-    Block<F> it{};
-    it.lanes = padded_lanes(place.lanes);
-    load_logits(place, it);
-    it.target = gather(call_.target, place, target_);
+    LaneValues<F> values{};
+    values.target = gather(call_.target, place, target_);
     if (call_.backward) {
-      it.grad_loss = gather(call_.grad_loss, place, first_);
-      it.grad_position = gather(call_.grad_position, place, second_);
-      aim_gradient(place, it);
-      function_(it, bins_, positions_);
-      store_gradient(place, it);
+      values.grad_loss = gather(call_.grad_loss, place, first_);
+      values.grad_position = gather(call_.grad_position, place, second_);
+      lanes_.run(place, values);
     } else {
-      it.loss = in_place(call_.loss_out, call_.mean, place, first_);
-      it.position = in_place(call_.position_out, false, place, second_);
-      function_(it, bins_, positions_);
-      scatter(it.loss, call_.loss_out, call_.mean, place);
-      scatter(it.position, call_.position_out, false, place);
+      values.loss = in_place(call_.loss_out, call_.mean, place, first_);
+      values.position = in_place(call_.position_out, false, place, second_);
+      lanes_.run(place, values);
+      scatter(values.loss, call_.loss_out, call_.mean, place);
+      scatter(values.position, call_.position_out, false, place);
     }
   }
 
  private:
-  static constexpr bool kDirect = sizeof(T) == sizeof(F);
-
-  void run_rows(const Place& place) {
-    Rows<T> it{};
-    it.lanes = padded_lanes(place.lanes);
-    it.count = place.lanes;
-    it.logits = static_cast<const T*>(call_.logits);
-    it.offsets = place.logits;
-    it.target = gather(call_.target, place, target_);
-    if (call_.backward) {
-      it.gradient = static_cast<T*>(call_.gradient);
-      it.gradient_offsets = place.gradient;
-      it.grad_loss = gather(call_.grad_loss, place, first_);
-      it.grad_position = gather(call_.grad_position, place, second_);
-      rows_(it, bins_, positions_);
-    } else {
-      it.loss = in_place(call_.loss_out, call_.mean, place, first_);
-      it.position = in_place(call_.position_out, false, place, second_);
-      rows_(it, bins_, positions_);
-      scatter(it.loss, call_.loss_out, call_.mean, place);
-      scatter(it.position, call_.position_out, false, place);
-    }
-  }
-
-  void load_logits(Place& place, Block<F>& it) {
-    const T* logits = static_cast<const T*>(call_.logits);
-    it.logits = columns_;
-    it.logits_stride = it.lanes;
-    if constexpr (kDirect) {
-      if (call_.columns && place.lanes == it.lanes) {
-        it.logits = logits + place.logits[0];
-        it.logits_stride = call_.bin_stride;
-        return;
-      }
-    }
-    if constexpr (kHasEights<T>) {
-      if (call_.columns || (call_.bin_stride == 1 && call_.bins >= 8)) {
-        it.max = max_;
-        if (call_.columns) {
-          load_line(logits + place.logits[0], call_.bin_stride, call_.bins, columns_, it.lanes,
-                    place.lanes, max_);
-        } else {
-          load_rows(logits, place.logits, call_.bins, columns_, it.lanes, max_);
-        }
-        return;
-      }
-    }
-    if (call_.columns) {
-      spread(place.logits, place.lanes, place.logits[0], 1);
-      pad(place.logits, place.lanes, it.lanes);
-    }
-    load_scattered(logits, place.logits, call_.bin_stride, call_.bins, columns_, it.lanes);
-  }
-
-  // Whether the gradient, too, has neighbouring distributions side by side.
-  bool gradient_in_line() const {
-    return call_.columns && call_.axis[call_.axes - 1].gradient == 1;
-  }
-
-  void aim_gradient(const Place& place, Block<F>& it) {
-    it.gradient = columns_;
-    it.gradient_stride = it.lanes;
-    if constexpr (kDirect) {
-      if (gradient_in_line() && place.lanes == it.lanes) {
-        it.gradient = static_cast<F*>(call_.gradient) + place.gradient[0];
-        it.gradient_stride = call_.gradient_bin_stride;
-      }
-    }
-  }
-
-  void store_gradient(Place& place, const Block<F>& it) {
-    if (it.gradient != columns_) return;
-    T* gradient = static_cast<T*>(call_.gradient);
-    const int64_t stride = call_.gradient_bin_stride;
-    if constexpr (kHasEights<T>) {
-      if (gradient_in_line()) {
-        store_line(gradient + place.gradient[0], stride, call_.bins, columns_, it.lanes,
-                   place.lanes);
-        return;
-      }
-    }
-    if (call_.columns) {
-      spread(place.gradient, place.lanes, place.gradient[0], call_.axis[call_.axes - 1].gradient);
-    }
-    if constexpr (kHasEights<T>) {
-      if (stride == 1 && call_.bins >= 8) {
-        store_rows(gradient, place.gradient, call_.bins, columns_, it.lanes, place.lanes);
-        return;
-      }
-    }
-    store_scattered(gradient, place.gradient, stride, call_.bins, columns_, it.lanes, place.lanes);
-  }
-
   const Call& call_;
-  const BlockFunction<F> function_;
-  const RowsFunction<T> rows_;
-  const Bins<F> bins_;
-  const F* const positions_;
-  alignas(64) F columns_[kLargestColumns];
-  alignas(64) F max_[kMaxLanes], target_[kMaxLanes], first_[kMaxLanes], second_[kMaxLanes];
+  LaneRunner<T> lanes_;
+  alignas(64) F target_[kMaxLanes], first_[kMaxLanes], second_[kMaxLanes];
 };
 
 template <class T>

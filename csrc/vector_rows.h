@@ -11,7 +11,6 @@ namespace dflkern {
 // Rows computed together: as many as their maxima fill a vector.
 constexpr int kRows = kVectorBytes / sizeof(float);
 
-constexpr int kMaxLanes = 64;
 // Elements between what is computed and what is fetched from memory.
 constexpr int kAheadInRow = 1024;
 

@@ -51,8 +51,8 @@ def dfl_loss(
 
     Returns:
         The loss, in nats, fp64 for fp64 logits, else fp32, whatever autocast says: of target's
-        shape for "none", of that without the sides for "sides", else 0-dim. Its gradient flows to the logits only, in their dtype; it can
-        be differentiated again.
+        shape for "none", without its side axis for "sides", else 0-dim. Its gradient flows to the
+        logits only, in their dtype; it can be differentiated again.
 
     Raises:
         TypeError: for tensors that are not floating-point.

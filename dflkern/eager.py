@@ -52,7 +52,8 @@ def dfl_decode(bound: tuple[Any, ...]) -> Tensor:
     if logits.requires_grad and torch.is_grad_enabled():
         position: Tensor = _Decode.apply(logits, w, dim)
         return position
-    return _operator("dfl_decode")(logits, w, dim)
+    expected: Tensor = _operator("dfl_decode")(logits, w, dim)
+    return expected
 
 
 def dfl_loss_and_decode(bound: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -60,9 +61,10 @@ def dfl_loss_and_decode(bound: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     logits, target, project, positions, dim, margin = bound
     w = _project(logits, project, positions)
     if logits.requires_grad and torch.is_grad_enabled():
-        results: tuple[Tensor, Tensor] = _LossAndDecode.apply(logits, target, w, dim, margin)
-        return results
-    return _operator("dfl_loss_and_decode")(logits, target, w, dim, margin)
+        loss, position = _LossAndDecode.apply(logits, target, w, dim, margin)
+    else:
+        loss, position = _operator("dfl_loss_and_decode")(logits, target, w, dim, margin)
+    return loss, position
 
 
 def _project(logits: Tensor, project: Tensor | None, positions: Any) -> Tensor | None:

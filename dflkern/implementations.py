@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends, native, reference
+from .checks import IOU_KINDS
 from .problem import compute_dtype, describe_tensor
 
 Positions = Sequence[float] | None
@@ -137,7 +138,18 @@ def boxes(
     with without_autocast(logits.device):
         w = resolve_project(project, positions, compute_dtype(logits.dtype), logits.device)
         if backend is not None:
+            if serves_cpu(logits, backend):
+                operator = getattr(torch.ops.dflkern, f"_cpu_{op}")
+                return operator(*tensors, w, dim, *_coded(settings))
             backends.choose(op, describe_tensor(logits, dim, project=w is not None), backend)
         result = getattr(reference, op)(*tensors, w, dim, *settings)
         backward = op.endswith("_backward")
         return like_logits(result, logits) if backward and backend is not None else result
+
+
+def _coded(settings: Sequence[Any]) -> list[Any]:
+    """Settings of an operator on boxes as the C++ one takes them: words as numbers."""
+    if len(settings) == 1:
+        return [settings[0] == "xywh"]
+    margin, iou = settings
+    return [margin, IOU_KINDS.index(iou)]

@@ -1,0 +1,226 @@
+// The CPU operators on boxes: _cpu_<name> computes what the function <name> of dflkern/reference.py
+// does, for logits (B, A, 4, K) with dim = 3 or (B, 4, K, A) with dim = 2, of any strides.
+
+#include <cstring>
+#include <tuple>
+
+#include "boxes.h"
+#include "tensors.h"
+
+namespace dflkern {
+namespace {
+
+// Fewer anchors than this are not worth waking a thread for.
+constexpr int64_t kAnchorsPerThread = 2048;
+constexpr int64_t kBytesPerThread = 1 << 17;
+
+BoxLayout layout_of(const Tensor& logits, int64_t dim) {
+  const auto sizes = logits.sizes();
+  STD_TORCH_CHECK(sizes.size() == 4 && (dim == 2 || dim == 3) && sizes[dim - 1] == kSides,
+                  "dflkern: boxes need logits (B, A, 4, bins) with dim 3 or (B, 4, bins, A) with 2");
+  return {sizes[0], sizes[dim == 3 ? 1 : 3], dim == 3};
+}
+
+// A tensor of `count` numbers, contiguous in the type of the arithmetic.
+Tensor numbers(const char* name, const Tensor& tensor, int64_t count, const Call& call) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == count, "dflkern: ", name, " has ",
+                  tensor.numel(), " values, not ", count, ", or is not on the CPU");
+  return contiguous_as(tensor, compute_type(call));
+}
+
+double number(const char* name, const Tensor& tensor, const Call& call) {
+  const Tensor kept = numbers(name, tensor, 1, call);
+  return call.storage == Storage::kDouble ? *static_cast<const double*>(kept.const_data_ptr())
+                                          : *static_cast<const float*>(kept.const_data_ptr());
+}
+
+// Calls function with a number in the type of the arithmetic.
+template <class Function>
+void with_compute(const Call& call, Function function) {
+  if (call.storage == Storage::kDouble) return function(double());
+  function(float());
+}
+
+MaybeTensor stride_of(const MaybeTensor& stride, const BoxLayout& layout, const Call& call) {
+  if (!stride) return {};
+  return numbers("stride", *stride, layout.anchors, call);
+}
+const void* data_of(const MaybeTensor& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+Tensor decode_boxes(Tensor logits, Tensor anchor_points, MaybeTensor stride, MaybeTensor project,
+                    int64_t dim, bool xywh) {
+  const BoxLayout layout = layout_of(logits, dim);
+  OutputShape shape;
+  Call call = describe(logits, dim, 0, shape);
+  set_project(call, project);
+  const Tensor points = numbers("anchor_points", anchor_points, 2 * layout.anchors, call);
+  const MaybeTensor cells = stride_of(stride, layout, call);
+  Tensor boxes = shape.empty(call);
+  call.position = true;
+  call.position_out = boxes.mutable_data_ptr();
+  execute(call);
+  with_compute(call, [&](auto zero) {
+    using F = decltype(zero);
+    const auto convert = [&](int64_t begin, int64_t end) {
+      to_boxes(layout, static_cast<const F*>(points.const_data_ptr()),
+               static_cast<const F*>(data_of(cells)), xywh, begin, end,
+               static_cast<F*>(boxes.mutable_data_ptr()));
+    };
+    torch::stable::parallel_for(0, layout.batch * layout.anchors, kAnchorsPerThread, convert);
+  });
+  return boxes;
+}
+
+Tensor decode_boxes_backward(Tensor grad_boxes, Tensor logits, MaybeTensor stride,
+                             MaybeTensor project, int64_t dim, bool xywh) {
+  const BoxLayout layout = layout_of(logits, dim);
+  OutputShape shape;
+  Call call = describe(logits, dim, 0, shape);
+  set_project(call, project);
+  const Tensor upstream = numbers("grad_boxes", grad_boxes, call.count, call);
+  const MaybeTensor cells = stride_of(stride, layout, call);
+  Tensor distances = shape.empty(call), gradient = empty_gradient(logits);
+  with_compute(call, [&](auto zero) {
+    using F = decltype(zero);
+    const auto convert = [&](int64_t begin, int64_t end) {
+      const auto* from = static_cast<const F*>(upstream.const_data_ptr());
+      to_distance_gradients(layout, static_cast<const F*>(data_of(cells)), xywh, begin, end, from,
+                            static_cast<F*>(distances.mutable_data_ptr()));
+    };
+    torch::stable::parallel_for(0, layout.batch * layout.anchors, kAnchorsPerThread, convert);
+  });
+  call.backward = call.position = true;
+  call.grad_position = {distances.const_data_ptr(), 1, false};
+  set_gradient(call, gradient, dim);
+  execute(call);
+  return gradient;
+}
+
+// What both directions of the loss are told, and the tensors that own what they read.
+struct BoxLossTensors {
+  Tensor points, target_boxes;
+  BoxLoss loss;
+};
+
+BoxStrides strides_of(const Tensor& tensor, int64_t dim) {
+  const auto strides = tensor.strides();
+  return {strides[0], strides[dim == 3 ? 1 : 3], strides[dim - 1]};
+}
+
+void describe_loss(const Tensor& logits, const Tensor& anchor_points, const Tensor& target_boxes,
+                   const Tensor& weight, const MaybeTensor& foreground, MaybeTensor& project,
+                   int64_t dim, double margin, int64_t iou, BoxLossTensors& of) {
+  const BoxLayout layout = layout_of(logits, dim);
+  OutputShape shape;
+  BoxLoss& loss = of.loss;
+  loss.call = describe(logits, dim, margin, shape);
+  set_project(loss.call, project);
+  loss.batch = layout.batch;
+  loss.anchors = layout.anchors;
+  loss.logits = strides_of(logits, dim);
+  of.points = numbers("anchor_points", anchor_points, 2 * layout.anchors, loss.call);
+  of.target_boxes = numbers("target_boxes", target_boxes, loss.call.count, loss.call);
+  loss.points = of.points.const_data_ptr();
+  loss.target_boxes = of.target_boxes.const_data_ptr();
+  const auto sizes = weight.sizes(), strides = weight.strides();
+  const bool scores = sizes.size() == 3;
+  STD_TORCH_CHECK(weight.is_cpu() && (scores || sizes.size() == 2) && sizes[0] == loss.batch &&
+                      sizes[1] == loss.anchors,
+                  "dflkern: weight must be (B, A) or (B, A, classes) on the CPU");
+  loss.weight = {storage_of("weight", weight), weight.const_data_ptr(), scores ? sizes[2] : 1,
+                 strides[0], strides[1], scores ? strides[2] : 0};
+  loss.foreground = nullptr;
+  if (foreground) {
+    STD_TORCH_CHECK(foreground->is_cpu() && foreground->scalar_type() == ScalarType::Bool &&
+                        foreground->numel() == loss.batch * loss.anchors,
+                    "dflkern: foreground must be (B, A) of bool on the CPU");
+    loss.foreground = static_cast<const bool*>(foreground->const_data_ptr());
+    loss.foreground_batch_stride = foreground->strides()[0];
+    loss.foreground_anchor_stride = foreground->strides()[1];
+  }
+  STD_TORCH_CHECK(0 <= iou && iou <= static_cast<int64_t>(Iou::kCiou),
+                  "dflkern: there is no IoU of kind ", iou);
+  loss.iou = static_cast<Iou>(iou);
+  find_candidates(loss);
+}
+
+std::tuple<Tensor, Tensor> box_loss(Tensor logits, Tensor anchor_points, Tensor target_boxes,
+                                    Tensor weight, Tensor normalizer, MaybeTensor foreground,
+                                    MaybeTensor project, int64_t dim, double margin, int64_t iou) {
+  BoxLossTensors of;
+  describe_loss(logits, anchor_points, target_boxes, weight, foreground, project, dim, margin, iou,
+                of);
+  std::vector<BoxSums> sums(of.loss.chunks);
+  torch::stable::parallel_for(
+      0, of.loss.chunks, std::max<int64_t>(1, kBinsPerThread / (of.loss.call.bins * kMaxLanes)),
+      [&](int64_t begin, int64_t end) { sum_box_losses(of.loss, begin, end, sums.data()); });
+  BoxSums total;
+  for (const BoxSums& part : sums) {  // in one order, however many threads there are
+    total.iou += part.iou;
+    total.dfl += part.dfl;
+    total.anchors += part.anchors;
+  }
+  Tensor iou_loss = empty(nullptr, nullptr, 0, compute_type(of.loss.call));
+  Tensor dfl_loss = empty(nullptr, nullptr, 0, compute_type(of.loss.call));
+  const double scale = total.anchors ? number("normalizer", normalizer, of.loss.call) : 1;
+  with_compute(of.loss.call, [&](auto zero) {
+    using F = decltype(zero);
+    *static_cast<F*>(iou_loss.mutable_data_ptr()) = static_cast<F>(total.iou / scale);
+    *static_cast<F*>(dfl_loss.mutable_data_ptr()) = static_cast<F>(total.dfl / scale);
+  });
+  return {iou_loss, dfl_loss};
+}
+
+Tensor box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, Tensor anchor_points,
+                         Tensor target_boxes, Tensor weight, Tensor normalizer,
+                         MaybeTensor foreground, MaybeTensor project, int64_t dim, double margin,
+                         int64_t iou) {
+  BoxLossTensors of;
+  describe_loss(logits, anchor_points, target_boxes, weight, foreground, project, dim, margin, iou,
+                of);
+  BoxLoss& loss = of.loss;
+  Tensor gradient = empty_gradient(logits);
+  char* bytes = static_cast<char*>(gradient.mutable_data_ptr());
+  torch::stable::parallel_for(
+      0, gradient.numel() * static_cast<int64_t>(gradient.element_size()), kBytesPerThread,
+      [&](int64_t begin, int64_t end) { std::memset(bytes + begin, 0, end - begin); });
+  if (loss.chunks == 0) return gradient;
+  set_gradient(loss.call, gradient, dim);
+  loss.gradient = strides_of(gradient, dim);
+  const double scale = number("normalizer", normalizer, loss.call);
+  const BoxGradients upstream{number("grad_iou", grad_iou, loss.call) / scale,
+                              number("grad_dfl", grad_dfl, loss.call) / scale};
+  torch::stable::parallel_for(
+      0, loss.chunks, std::max<int64_t>(1, kBinsPerThread / (loss.call.bins * kMaxLanes)),
+      [&](int64_t begin, int64_t end) { write_box_gradients(loss, upstream, begin, end); });
+  return gradient;
+}
+
+}  // namespace
+}  // namespace dflkern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dflkern, m) {
+  m.def(
+      "_cpu_decode_boxes(Tensor logits, Tensor anchor_points, Tensor? stride, Tensor? project, "
+      "int dim, bool xywh) -> Tensor");
+  m.def(
+      "_cpu_decode_boxes_backward(Tensor grad_boxes, Tensor logits, Tensor? stride, "
+      "Tensor? project, int dim, bool xywh) -> Tensor");
+  m.def(
+      "_cpu_box_loss(Tensor logits, Tensor anchor_points, Tensor target_boxes, Tensor weight, "
+      "Tensor normalizer, Tensor? foreground, Tensor? project, int dim, float margin, int iou) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "_cpu_box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, "
+      "Tensor anchor_points, Tensor target_boxes, Tensor weight, Tensor normalizer, "
+      "Tensor? foreground, Tensor? project, int dim, float margin, int iou) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflkern, CPU, m) {
+  m.impl("_cpu_decode_boxes", TORCH_BOX(&dflkern::decode_boxes));
+  m.impl("_cpu_decode_boxes_backward", TORCH_BOX(&dflkern::decode_boxes_backward));
+  m.impl("_cpu_box_loss", TORCH_BOX(&dflkern::box_loss));
+  m.impl("_cpu_box_loss_backward", TORCH_BOX(&dflkern::box_loss_backward));
+}
