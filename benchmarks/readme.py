@@ -10,9 +10,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from modelled_tables import modelled
+from tables import table as _table
 
 HERE = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
@@ -93,6 +96,47 @@ def demo(recorded: dict[str, Any]) -> str:
     )
 
 
+def mistakes(recorded: dict[str, Any]) -> str:
+    """The corrected training beside the broken ones, and which symptom each of them shows."""
+    columns = (
+        "training", "DFL loss", "at 10.0", "box loss", "largest spike", "largest gradient norm",
+        "mAP@0.5", "mAP@0.75", "the doctor's first finding",
+    )  # fmt: skip
+    runs = recorded["runs"]
+    rows = [(name, *_training(run), run["first_finding"] or "none") for name, run in runs.items()]
+    shown = {
+        symptom: [name for name, run in runs.items() if run["symptoms"][symptom]]
+        for symptom in SYMPTOMS
+    }
+    symptoms = "; ".join(
+        f"{words}: {', '.join(shown[symptom]) or 'in none'}" for symptom, words in SYMPTOMS.items()
+    )
+    return (
+        f"{_table(columns, rows)}\n\n"
+        f"Bold: the symptom shows. The post-mortem's four symptoms: {symptoms}. "
+        f"After {recorded['epochs']} epochs, on "
+        f"{_where(recorded['machine'], recorded['versions'])}."
+    )
+
+
+def _training(run: dict[str, Any]) -> tuple[str, ...]:
+    def figure(name: str, digits: int) -> str:
+        return "not finite" if run[name] is None else f"{run[name]:.{digits}f}"
+
+    def bold(symptom: str, text: str) -> str:
+        return f"**{text}**" if run["symptoms"][symptom] else text
+
+    return (
+        f"{figure('dfl_first', 2)} → {figure('dfl_last', 2)}",
+        bold("stuck", f"{100 * run['stuck_share']:.0f} %"),
+        f"{figure('box_first', 2)} → {figure('box_last', 2)}",
+        bold("unstable", f"{figure('box_spike', 2)}×"),
+        bold("exploding", figure("grad_norm_max", 1)),
+        bold("no convergence", figure("map50", 3)),
+        figure("map75", 3),
+    )
+
+
 def cpu(recorded: dict[str, Any]) -> str:
     """The goals with what was measured, the cost of a call, and every ratio below 1."""
     settings = recorded["settings"]
@@ -128,6 +172,42 @@ def cpu(recorded: dict[str, Any]) -> str:
     return "\n\n".join(text)
 
 
+def ultralytics(recorded: dict[str, Any]) -> str:
+    """The time of Ultralytics' loss, and some losses of its training, without and with patch()."""
+    settings, losses = recorded["settings"], recorded["losses"]
+    before, after = losses
+    times = []
+    for what, seconds in recorded["seconds"].items():
+        old, new = seconds[before]["minimum"], seconds[after]["minimum"]
+        times.append((what, f"{old * 1e3:.1f} ms", f"{new * 1e3:.1f} ms", f"{old / new:.2f}×"))
+    steps = len(losses[before])
+    shown = []
+    for step in sorted({0, steps // 3, 2 * steps // 3, steps - 1}):
+        values = (" / ".join(f"{loss:.4f}" for loss in side[step]) for side in losses.values())
+        shown.append((str(step + 1), *values))
+    return "\n\n".join(
+        (
+            _table(("forward and backward of", before, after, "ratio"), times),
+            f"{settings['model']}, {settings['batch']} images of {settings['size']} pixels, minima "
+            f"over {settings['rounds']} interleaved rounds.",
+            _table(("step", *(f"box / class / DFL loss, {side}" for side in losses)), shown),
+            f"{steps} steps of Ultralytics' trainer on generated images; no loss differs by more "
+            f"than {recorded['largest_relative_difference']:.0e} of itself. On "
+            f"{_where(recorded['machine'], recorded['versions'])}.",
+        )
+    )
+
+
+def precision(recorded: dict[str, Any]) -> str:
+    """The errors of Ultralytics and of dflkern against float64."""
+    rows = [
+        (what, dtype, *(f"{error:.1e}" for error in sides.values()))
+        for what, by_dtype in recorded["errors"].items()
+        for dtype, sides in by_dtype.items()
+    ]
+    return _table(("error against float64", "logits", "Ultralytics", "dflkern"), rows)
+
+
 def _goal(goal: dict[str, Any]) -> tuple[str, ...]:
     unit, measured, other = goal["unit"], goal["measured"], goal.get("default_allocator")
     fastest = goal.get("fastest_of_its_kind")
@@ -153,14 +233,20 @@ def _where(machine: dict[str, Any], versions: dict[str, str]) -> str:
     return f"{place}, {share}, {', '.join(used)}"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )
-
-
-SECTIONS = {"demo": demo, "cpu": cpu}
+SYMPTOMS = {
+    "stuck": "DFL loss stuck at 10.0",
+    "exploding": "gradients explode",
+    "unstable": "box loss unstable",
+    "no convergence": "no convergence",
+}
+SECTIONS = {
+    "modelled": modelled,
+    "demo": demo,
+    "mistakes": mistakes,
+    "cpu": cpu,
+    "ultralytics": ultralytics,
+    "precision": precision,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,11 +4,20 @@ Importing this package registers operators and nothing else: it imports no Trito
 and asks no device.
 """
 
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from .api import box_loss, decode_boxes, dfl_decode, dfl_loss, dfl_loss_and_decode, explain
 from .backends import use_backend
 from .geometry import bbox2dist, dfl_targets, dist2bbox, make_anchors
 from .iou import paired_box_iou
 from .modules import BoxLoss, DFLDecode, DFLoss
+
+if TYPE_CHECKING:
+    from . import doctor as doctor
 
 __version__ = "0.1.0"
 
@@ -29,3 +38,10 @@ __all__ = [
     "paired_box_iou",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`dflkern.doctor`, imported at its first use."""
+    if name == "doctor":
+        return importlib.import_module(".doctor", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: `python -m dflkern {info, demo, bench, build}`, also installed as `dflkern`."""
+"""`python -m dflkern {info, bench, build, compile, doctor, demo}`, also installed as `dflkern`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ COMMANDS = {
     "info": (".info", "versions, devices, and the backends with available or why not"),
     "bench": (".bench", "time dflkern beside PyTorch and the detectors' own code"),
     "build": (".build", "build the CPU library ahead of time"),
+    "compile": (".compile", "compile the GPU kernels for GPUs that are not there"),
+    "doctor": (".doctor.command", "say what is wrong with a DFL training, from recorded tensors"),
     "demo": (".demo", "train a small detector on handwritten digits with dflkern"),
 }
 

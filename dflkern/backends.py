@@ -18,7 +18,6 @@ DESCRIPTIONS = {
     "triton": "Triton kernels for GPUs",
     "cuda": "CUDA C++ kernels for NVIDIA GPUs",
 }
-PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 DISTRIBUTION_OPS = frozenset(
     name + suffix
     for name in ("dfl_loss", "dfl_decode", "dfl_loss_and_decode")
@@ -80,8 +79,21 @@ def unavailable(backend: str) -> list[str]:
 
         return native.refusals()
     if backend == "cuda":
-        return [f"this version of dflkern carries no {DESCRIPTIONS[backend]}"]
+        from . import cuda_library
+
+        return cuda_library.refusals()
     return []
+
+
+def preference(problem: Problem) -> tuple[str, ...]:
+    """The backends that "auto" tries, the better ones for a problem first."""
+    if problem.device.type != "cuda":
+        return ("cpu", "reference") if problem.device.type == "cpu" else ("reference",)
+    from .kernels import prefers_triton
+
+    if prefers_triton(problem):
+        return ("triton", "cuda", "reference")
+    return ("cuda", "triton", "reference")
 
 
 def why_not(backend: str, op: str, problem: Problem) -> list[str]:
@@ -91,10 +103,15 @@ def why_not(backend: str, op: str, problem: Problem) -> list[str]:
     reasons = unavailable(backend)
     if reasons:
         return reasons
-    if op not in DISTRIBUTION_OPS:
+    if op not in DISTRIBUTION_OPS and backend != "cpu":
         return [f"it has no kernel for {op} yet"]
     if backend == "cpu" and problem.device.type != "cpu":
         return [f"the logits are on {problem.device}"]
+    if backend == "cuda":
+        from . import cuda_library
+        from .kernels import too_long
+
+        return cuda_library.why_not(problem.device) + too_long(problem)
     if backend == "triton":
         from .kernels import launch
 
@@ -103,13 +120,18 @@ def why_not(backend: str, op: str, problem: Problem) -> list[str]:
 
 
 def _refusals(backend: str, op: str, problem: Problem) -> list[str]:
-    """`why_not`, after the build that the first call on a CPU brings."""
+    """`why_not`, after loading the library, which the first call on a CPU builds."""
     reasons = why_not(backend, op, problem)
     if backend == "cpu" and not reasons:
         from . import native
 
         native.load()
         return native.refusals()
+    if backend == "cuda" and not reasons:
+        from . import cuda_library
+
+        cuda_library.load()
+        return cuda_library.refusals()
     return reasons
 
 
@@ -130,7 +152,7 @@ def choose(op: str, problem: Problem, name: str) -> Choice:
             )
         return Choice(name, ())
     refusals: list[tuple[str, tuple[str, ...]]] = []
-    for backend in PREFERENCE.get(problem.device.type, ("reference",)):
+    for backend in preference(problem):
         reasons = _refusals(backend, op, problem)
         if not reasons:
             return Choice(backend, tuple(refusals))
@@ -154,29 +176,37 @@ def summary(problem: Problem) -> str:
 def report(op: str, problem: Problem, name: str) -> str:
     """What `explain` prints."""
     lines = [f"{op}: {summary(problem)}"]
-    backends = PREFERENCE.get(problem.device.type, ("reference",)) if name == "auto" else (name,)
+    backends = preference(problem) if name == "auto" else (name,)
     chosen = False
     for backend in backends:
         reasons = why_not(backend, op, problem)
         if reasons:
             lines.append(f"  {backend}: no, {'; '.join(reasons)}")
         elif chosen:
-            lines.append(f"  {backend}: could serve it")
+            lines.append(f"  {backend}: could serve it{_second(backend)}")
         else:
             chosen = True
-            lines.append(f"  {backend}: serves it ({DESCRIPTIONS[backend]}{_state(backend)})")
+            lines.append(f"  {backend}: serves it ({DESCRIPTIONS[backend]}{state(backend)})")
             lines += _plans(op, problem, backend)
     if not chosen:
         lines.append('  the call would raise; use_backend("auto") takes a backend that can serve')
     return "\n".join(lines)
 
 
-def _state(backend: str) -> str:
-    if backend != "cpu":
+def state(backend: str) -> str:
+    """Where a backend's library is, if it has one of its own, after a comma."""
+    if backend not in ("cpu", "cuda"):
         return ""
-    from . import native
+    from . import cuda_library, native
 
-    return f", {native.describe()}"
+    library = native if backend == "cpu" else cuda_library
+    return f", {library.describe()}"
+
+
+def _second(backend: str) -> str:
+    if backend != "cuda":
+        return ""
+    return ", with more instructions than Triton for this number of bins and these strides"
 
 
 def _plans(op: str, problem: Problem, backend: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m dflkern build`: build the CPU library ahead of time."""
+"""`python -m dflkern build`: build a library ahead of time, the CPU's or the CUDA one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ import sys
 import time
 from pathlib import Path
 
-from . import native
+from . import cuda_library, native
 from .compiler import BuildError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to put it."""
+    """Which library, for which GPUs, and where to put it."""
+    parser.add_argument(
+        "--cuda",
+        action="store_true",
+        help="the CUDA kernels, with nvcc; CUDA is never built on first use",
+    )
+    parser.add_argument(
+        "--arch",
+        type=_archs,
+        metavar="80,90",
+        help="compute capabilities to build the CUDA kernels for; by default those of the GPUs "
+        "that are here, else 75,80,86,89,90,100,120",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -22,11 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _archs(text: str) -> tuple[int, ...]:
+    """80,90 or sm_80,sm_90 or 8.0,9.0."""
+    return tuple(int(word.removeprefix("sm_").replace(".", "")) for word in text.split(","))
+
+
 def main(arguments: argparse.Namespace) -> int:
     """Build, and say where and how long."""
     began = time.perf_counter()
     try:
-        path = native.build(arguments.out)
+        if arguments.arch and not arguments.cuda:
+            raise BuildError("--arch is for the CUDA kernels; add --cuda")
+        if arguments.cuda:
+            path = cuda_library.build(arguments.arch, arguments.out)
+        else:
+            path = native.build(arguments.out)
     except (BuildError, OSError) as error:
         print(f"dflkern: {error}", file=sys.stderr)
         return 1

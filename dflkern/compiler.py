@@ -16,7 +16,10 @@ from pathlib import Path
 import torch
 
 ABI_TARGET = "2.10"
-CPU_SOURCES = ("dfl_cpu.cpp", "run.cpp", "block_float.cpp", "block_double.cpp", "vector_rows.cpp")
+CPU_SOURCES = (
+    "dfl_cpu.cpp", "run.cpp", "block_float.cpp", "block_double.cpp", "vector_rows.cpp",
+    "boxes.cpp", "boxes_cpu.cpp",
+)  # fmt: skip
 # -ffp-contract=off: a multiply-add is fused where the source says so and nowhere else
 FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden",
@@ -123,10 +126,10 @@ def build(target: Path, *, compiler: str, portable: bool = False) -> None:
             for name, path in zip(CPU_SOURCES, objects, strict=True)
         ]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
+            list(pool.map(run, commands))
         library = Path(scratch) / target.name
         link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        _run(
+        run(
             [
                 compiler, "-shared", "-o", str(library), *map(str, objects), *link,
                 f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
@@ -135,7 +138,8 @@ def build(target: Path, *, compiler: str, portable: bool = False) -> None:
         os.replace(library, target)
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> str:
+    """Run a compiler; what it printed, or a BuildError with its last words."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -146,3 +150,4 @@ def _run(command: list[str]) -> None:
         raise BuildError(
             f"{Path(command[0]).name} failed with exit code {done.returncode}: {told[0].strip()}"
         )
+    return done.stdout

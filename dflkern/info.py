@@ -43,7 +43,10 @@ def report() -> str:
     lines += ["", "backends"]
     for backend, description in backends.DESCRIPTIONS.items():
         reasons = backends.unavailable(backend)
-        state = f"not available: {'; '.join(reasons)}" if reasons else "available"
+        if reasons:
+            state = f"not available: {'; '.join(reasons)}"
+        else:
+            state = f"available{backends.state(backend)}"
         lines.append(f"  {backend:<10}{description}: {state}")
     return "\n".join(lines)
 

@@ -1,16 +1,13 @@
-"""The C++ library: found prebuilt or in the user's cache, else built once; a failure is remembered.
+"""The CPU library: found prebuilt or in the user's cache, else built once; a failure is remembered.
 
-A library from a folder that others can write to would be their code in the user's process, so the
-cache must be the user's own. Processes that need a build at the same time wait for the first one.
+Processes that need a build at the same time wait for the first one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import stat
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -19,7 +16,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from . import compiler
+from . import cache, compiler
 from .compiler import BuildError
 
 LIBRARY = "dflkern_cpu.so"
@@ -146,7 +143,7 @@ def _cached(folder: Path) -> Path | None:
     """The library built earlier; a failure remembered from earlier is raised again."""
     library, failure = folder / LIBRARY, folder / FAILURE
     if library.exists():
-        _check_owner(library)
+        cache.check_owner(library)
         return library
     if failure.exists():
         reason = json.loads(failure.read_text())["reason"]
@@ -155,36 +152,5 @@ def _cached(folder: Path) -> Path | None:
 
 
 def _folder() -> Path:
-    """The folder of this machine's build, made if need be, the user's own."""
-    name = compiler.key(compiler.find_compiler())
-    if os.environ.get("DFLKERN_CACHE"):
-        roots = [Path(os.environ["DFLKERN_CACHE"])]
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        roots = [home / "dflkern", Path(tempfile.gettempdir()) / f"dflkern-{os.getuid()}"]
-    refusals = []
-    for root in roots:
-        try:
-            _make_own(root)
-            return _make_own(root / name)
-        except (BuildError, OSError) as error:
-            refusals.append(str(error))
-    raise BuildError("; ".join(refusals) + "; name another folder in DFLKERN_CACHE")
-
-
-def _make_own(folder: Path) -> Path:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(folder)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise BuildError(f"{folder} cannot be written to")
-    return folder
-
-
-def _check_owner(path: Path) -> None:
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid():
-        raise BuildError(
-            f"{path} belongs to user {found.st_uid}, not to {os.getuid()}, or is a link"
-        )
-    if found.st_mode & 0o022:
-        raise BuildError(f"others can write to {path}; chmod go-w {path} cures that")
+    """The folder of this machine's build, made if need be."""
+    return cache.folder(compiler.key(compiler.find_compiler()))

@@ -10,7 +10,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dflkern
-from dflkern import eager, native
+import emulation
+from dflkern import cuda_library, eager, native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -24,12 +25,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What caught each fault of test_ptx_mutations."""
+    passed = terminalreporter.stats.get("passed", ())
+    told = [pair for report in passed for pair in report.user_properties]
+    caught = [text for name, text in told if name == "caught"]
+    if caught:
+        terminalreporter.section("faults in GPU kernels, and what caught them")
+        for text in caught:
+            terminalreporter.write_line(text)
+
+
 REFERENCE = pytest.param(("reference", "cpu"), id="reference")
 KERNELS = [
     pytest.param(("cpu", "cpu"), id="cpu"),
     pytest.param(("cpu", "cpu", "registered"), id="cpu-registered"),
     pytest.param(("triton", "cpu"), id="triton-interpreted"),
     pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "cuda"), id="cuda-gpu", marks=pytest.mark.gpu),
 ]
 
 
@@ -39,6 +52,8 @@ def _use(monkeypatch, name, device, way="eager"):
         pytest.skip("Triton's interpreter is off: TRITON_INTERPRET=1 was not set")
     if name == "cpu" and not native.load():
         pytest.skip(f"no CPU library: {native.describe()}")
+    if name == "cuda" and not cuda_library.load():
+        pytest.skip(f"no CUDA library: {cuda_library.describe()}")
     monkeypatch.setattr(eager, "ENABLED", way == "eager")
     with dflkern.use_backend(name):
         yield name, device
@@ -65,6 +80,19 @@ def device(request):
         if name in request.fixturenames:
             return torch.device(request.getfixturevalue(name)[1])
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def farm(request):
+    """Runs the cases of all collected tests, in processes beside this one, from the first on."""
+    cases = [
+        item.callspec.params["case"]
+        for item in request.session.items
+        if "farm" in item.fixturenames and "case" in item.callspec.params
+    ]
+    farm = emulation.Farm(cases)
+    yield farm
+    farm.close()
 
 
 @pytest.fixture(autouse=True)

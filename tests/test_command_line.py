@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dflkern
+from dflkern import cuda_library
 from dflkern.__main__ import main
 
 PACKAGE = Path(dflkern.__file__).parent
@@ -25,7 +26,7 @@ def test_info(capsys):
     assert lines["reference"].endswith(": available")
     for backend in ("cpu", "triton", "cuda"):
         assert "available" in lines[backend]
-    assert "not available: " in lines["cuda"]
+    assert cuda_library.describe() in lines["cuda"]
 
 
 def test_usage(capsys):
@@ -68,9 +69,10 @@ def test_imports_point_one_way():
     """reference, geometry, problem ← kernels ← backends ← ops ← api ← modules ← demo ← __main__."""
     order = (
         ("checks", "problem"), ("geometry", "iou"), ("reference",), ("compiler",),
-        ("kernels", "native"), ("backends",), ("implementations",), ("ops",), ("eager",),
-        ("arguments",), ("api",), ("modules",), ("__init__",), ("info", "demo", "build", "bench"),
-        ("__main__",),
+        ("cache", "cuda_compiler"), ("native",), ("cuda_library",), ("kernels",), ("backends",),
+        ("implementations", "reductions"), ("ops",), ("eager",), ("arguments",), ("api",),
+        ("modules",), ("__init__", "adapters", "doctor"),
+        ("info", "demo", "build", "compile", "bench"), ("__main__",),
     )  # fmt: skip
     rank = {name: i for i, names in enumerate(order) for name in names}
     for path in PACKAGE.rglob("*.py"):

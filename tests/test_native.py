@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dflkern
-from dflkern import compiler, native
+from dflkern import cache, compiler, native
 from dflkern.__main__ import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the library is built on POSIX systems")
@@ -137,17 +137,17 @@ def test_a_cache_of_somebody_else_is_refused(tmp_path, monkeypatch):
     mine = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: mine + 1)
     with pytest.raises(compiler.BuildError, match=f"belongs to user {mine}, not to {mine + 1}"):
-        native._folder()
+        cache.folder("name")
     monkeypatch.undo()
     monkeypatch.setenv("DFLKERN_CACHE", str(tmp_path))
     tmp_path.chmod(0o777)
     with pytest.raises(compiler.BuildError, match="others can write to"):
-        native._folder()
+        cache.folder("name")
     tmp_path.chmod(0o700)
     (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.setenv("DFLKERN_CACHE", str(tmp_path / "link"))
     with pytest.raises(compiler.BuildError, match="or is a link"):
-        native._folder()
+        cache.folder("name")
 
 
 def test_a_library_of_somebody_else_is_not_loaded(tmp_path, monkeypatch):

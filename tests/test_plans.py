@@ -163,7 +163,7 @@ for bins, dim, dtype, project in cases:
     for op in ("dfl_loss_and_decode", *(["dfl_loss", "dfl_decode"] if alone else [])):
         for name in (op, op + "_backward"):
             made = plan(name, problem, "triton")
-            ptx = compile_plan(made, arch).asm["ptx"]
+            ptx = compile_plan(made, arch).ptx
             done[f"{name} {bins} {dim} {dtype} {project}"] = [
                 made.kernel, f".target sm_{arch}" in ptx, bool(re.search(r"\\b(atom|red)\\.", ptx)),
             ]

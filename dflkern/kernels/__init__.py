@@ -3,6 +3,7 @@
 Importing this package imports no Triton; launching does.
 """
 
-from .plans import Argument, LaunchPlan, plan
+from .cuda_plans import prefers_triton
+from .plans import Argument, LaunchPlan, plan, too_long
 
-__all__ = ["Argument", "LaunchPlan", "plan"]
+__all__ = ["Argument", "LaunchPlan", "plan", "prefers_triton", "too_long"]

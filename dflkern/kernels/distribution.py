@@ -32,7 +32,8 @@ def position_of(k, project_ptr, PROJECT: tl.constexpr):
     """W_k."""
     if PROJECT:
         return tl.load(project_ptr + k)
-    return k * 1.0
+    else:  # Triton would compile what followed this if, too, and find two types
+        return k * 1.0
 
 
 @triton.jit
@@ -64,7 +65,8 @@ def weight_of(k, t, left, right_weight, PROJECT: tl.constexpr):
     if PROJECT:
         y = tl.where(left == k, 1.0 - right_weight, tl.zeros_like(t))
         return tl.where(left == k - 1, right_weight, y)
-    return 1.0 - tl.abs(t - k)
+    else:
+        return 1.0 - tl.abs(t - k)
 
 
 @triton.jit

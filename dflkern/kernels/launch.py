@@ -1,4 +1,4 @@
-"""Running launch plans: which problems the Triton kernels can serve, allocation, and the launch."""
+"""Running launch plans: which problems Triton can serve, allocation, and the launches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .plans import GRID_LIMIT, LaunchPlan, grid_axes, plan
+from .plans import LaunchPlan, plan, too_long
 
 
 def why_not(problem: Problem) -> list[str]:
@@ -24,10 +24,7 @@ def why_not(problem: Problem) -> list[str]:
         )
     elif device not in ("cpu", "cuda"):
         reasons.append(f'there is no Triton for the device type "{device}"')
-    _, middle, outer = grid_axes(problem)
-    if max(middle.size, outer.size) > GRID_LIMIT:
-        reasons.append(f"two axes are longer than {GRID_LIMIT}, the limit of a GPU's grid")
-    return reasons
+    return reasons + too_long(problem)
 
 
 def interpreted() -> bool:
@@ -54,7 +51,7 @@ def run(
     Args:
         op: the operator's name.
         problem: of these logits.
-        backend: "triton".
+        backend: "triton" or "cuda".
         logits: of any strides.
         dim: the axis of the bins, counted from the front.
         small: target and upstream gradients by role, in the compute dtype.
@@ -90,6 +87,29 @@ def _packed(value: Tensor) -> Tensor:
 
 def launch(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
     """Run a plan on tensors by role, on their device and the current stream."""
+    if launch_plan.backend == "cuda":
+        _launch_cuda(launch_plan, tensors)
+    else:
+        _launch_triton(launch_plan, tensors)
+
+
+def _launch_cuda(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
+    """Pointers, the bound of the targets and numbers stand in the kernel's order."""
+    names = [argument.name for argument in launch_plan.arguments]
+    values = [argument.value for argument in launch_plan.arguments]
+    bound = names.index("bound")
+    torch.ops.dflkern._cuda_launch(
+        launch_plan.kernel,
+        launch_plan.grid,
+        launch_plan.block[0],
+        launch_plan.shared,
+        [tensors[role] if isinstance(role, str) else None for role in values[:bound]],
+        values[bound + 1 :],
+        values[bound],
+    )
+
+
+def _launch_triton(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
     kernel = _kernel(launch_plan.module, launch_plan.kernel)
     arguments: dict[str, Any] = {
         argument.name: tensors[argument.value]

@@ -34,12 +34,13 @@ class Argument:
     """A runtime argument of a kernel.
 
     `value` is the role of a tensor ("logits", "target", …) for a pointer, whose type begins with
-    "*", else the number. `divisible` says that the pointer or number is a multiple of 16.
+    "*", else the number; the type "null" is a pointer to nothing. `divisible` says that the pointer
+    or number is a multiple of 16.
     """
 
     name: str
     type: str
-    value: str | int
+    value: str | int | float
     divisible: bool = False
 
 
@@ -47,8 +48,8 @@ class Argument:
 class LaunchPlan:
     """How one operator runs on one problem: kernel, grid, block, arguments, constants.
 
-    `block` counts threads on NVIDIA GPUs. `shared` is the bytes of shared memory, None where the
-    compiler decides.
+    `block` counts threads on NVIDIA GPUs. `shared` is the bytes of dynamic shared memory, beside
+    what the kernel itself declares; None where the compiler decides.
     """
 
     op: str
@@ -79,7 +80,7 @@ def plan(op: str, problem: Problem, backend: str) -> LaunchPlan:
         op: an operator's name, with "_backward" for its gradient: "dfl_loss", "dfl_decode",
             "dfl_loss_and_decode", "dfl_loss_backward", …
         problem: with at least one distribution.
-        backend: "triton".
+        backend: "triton" or "cuda".
 
     Returns:
         A pure value; the same for the same arguments.
@@ -87,18 +88,28 @@ def plan(op: str, problem: Problem, backend: str) -> LaunchPlan:
     Raises:
         ValueError: for a backend without launch plans, or a problem without distributions.
     """
-    if backend != "triton":
-        raise ValueError(f'plan: the backend "{backend}" has no launch plans; "triton" has.')
+    if backend not in ("triton", "cuda"):
+        raise ValueError(
+            f'plan: the backend "{backend}" has no launch plans; "triton" and "cuda" have.'
+        )
     if not problem.count:
         raise ValueError("plan: the problem has no distributions, so nothing is launched.")
+    if backend == "cuda":
+        from .cuda_plans import plan_cuda
+
+        return plan_cuda(op, problem)
+    return _plan_triton(op, problem)
+
+
+def _plan_triton(op: str, problem: Problem) -> LaunchPlan:
     backward = op.endswith("_backward")
     kernel, constants, grid, warps = _structure(problem, backward)
     loss, position = "loss" in op, "decode" in op
     constants = {"K": problem.num_bins, "MARGIN": problem.margin, "LOSS": loss,
                  "POSITION": position, **constants}  # fmt: skip
-    pointers = _pointers(problem, backward, loss, position)
+    pointers = pointers_of(problem, backward, loss, position)
     if kernel.startswith("columns"):
-        numbers = _columns_numbers(problem, backward)
+        numbers = axes_numbers(problem, backward)
     else:
         numbers = {"n": problem.count}
     if not kernel.startswith("columns") and "lazy" not in kernel:
@@ -117,7 +128,7 @@ def plan(op: str, problem: Problem, backend: str) -> LaunchPlan:
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
             arguments.append(Argument(name, kind, value, value % 16 == 0))
     return LaunchPlan(
-        op, backend, kernel, grid, (32 * warps, 1, 1), tuple(arguments), tuple(constants.items())
+        op, "triton", kernel, grid, (32 * warps, 1, 1), tuple(arguments), tuple(constants.items())
     )
 
 
@@ -177,7 +188,15 @@ def grid_axes(problem: Problem) -> tuple[Axis, Axis, Axis]:
     return axes[0], axes[1], axes[2]
 
 
-def _pointers(
+def too_long(problem: Problem) -> list[str]:
+    """Why a problem does not fit a GPU's grid; empty if it does."""
+    _, middle, outer = grid_axes(problem)
+    if max(middle.size, outer.size) <= GRID_LIMIT:
+        return []
+    return [f"two axes are longer than {GRID_LIMIT}, the limit of a GPU's grid"]
+
+
+def pointers_of(
     problem: Problem, backward: bool, loss: bool, position: bool
 ) -> dict[str, str | None]:
     """Element type of each tensor by role, None for those the operator does not have."""
@@ -197,7 +216,8 @@ def _pointers(
     }
 
 
-def _columns_numbers(problem: Problem, backward: bool) -> dict[str, int]:
+def axes_numbers(problem: Problem, backward: bool) -> dict[str, int]:
+    """The length of the lanes' axis and all strides, as kernels for any strides take them."""
     axis, middle, outer = grid_axes(problem)
     numbers = {
         "n": axis.size,

@@ -1,0 +1,54 @@
+"""Exchange between the lanes of a warp."""
+
+import numpy as np
+
+from ..memory import AccessError
+from ..parse import Pair
+from ..values import TYPES
+from . import opcode
+
+
+@opcode("shfl", "b32", "sync up down bfly idx")
+def shuffle(machine, instruction, mask):
+    """Each lane reads a register of another, which must execute the shuffle, too."""
+    destination, source, *control = instruction.operands
+    value = np.broadcast_to(machine.read(source, TYPES["b32"]), machine.size)
+    by, limits, members = (
+        np.broadcast_to(machine.read(o, TYPES["u32"]), machine.size).astype(np.int64)
+        for o in control
+    )
+    executing = np.ones(machine.size, bool) if mask is None else mask
+    lane, by = machine.lane, by & 31
+    stray = executing & (members >> lane & 1 == 0)
+    if stray.any():
+        raise _error(executing, stray, "executes a shuffle whose mask does not name it")
+    segment, clamp = limits >> 8 & 31, limits & 31
+    first = lane & segment
+    last = first | clamp & ~segment
+    mode = instruction.modifiers[1]
+    other = {
+        "up": lane - by, "down": lane + by, "bfly": lane ^ by, "idx": first | by & ~segment
+    }[mode]  # fmt: skip
+    inside = other >= last if mode == "up" else other <= last
+    place = machine.of_lane[machine.warp * 32 + np.where(inside, other, lane)]
+    absent = (place < 0) | ~executing[np.maximum(place, 0)]
+    place = np.maximum(place, 0)
+    undefined = machine.undefined_of(source)
+    undefined = absent if undefined is None else undefined[place] | absent
+    register, found = (
+        (destination.first, destination.second)
+        if isinstance(destination, Pair)
+        else (destination, None)
+    )
+    machine.write(register, value[place], TYPES["b32"], mask, undefined & executing)
+    if found is not None:
+        machine.write(found, inside, TYPES["pred"], mask)
+
+
+@opcode("bar", "", "warp sync")
+def warp_barrier(machine, instruction, mask):
+    """Lanes of a warp run in lockstep here; the block's barrier is what orders shared memory."""
+
+
+def _error(executing, faulty, message):
+    return AccessError(message, int(np.argmax(faulty[executing])))
