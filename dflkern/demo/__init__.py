@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..backends import NAMES
 from .config import Config
+from .mistakes import ALL, MISTAKES
 
 # Module to import, and the package that brings it.
 NEEDED = {
@@ -45,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)"
     )
+    parser.add_argument(
+        "--mistake",
+        nargs="+",
+        choices=(*MISTAKES, ALL),
+        metavar="NAME",
+        help="train with a mistake beside the corrected training, the doctor watching: "
+        f"{', '.join(MISTAKES)}, or {ALL} together; several names give several trainings",
+    )
     parser.add_argument("--device", help="a torch device (default: cuda if there is one, else cpu)")
 
 
@@ -52,7 +61,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the demo.
 
     Returns:
-        0 if every expectation is met, 1 if one is not, 2 if the demo cannot run here.
+        0 if every expectation is met, 1 if one is not, 2 if the demo cannot run here; with
+        --mistake 0 if the doctor names each mistake and finds the corrected training healthy.
     """
     began = time.perf_counter()
     missing = [package for module, package in NEEDED.items() if not _installed(module)]
@@ -76,6 +86,10 @@ def main(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         decode_backend=decode_backend,
     )
+    if arguments.mistake:
+        from . import compare
+
+        return compare.run(config, arguments.mistake, arguments.out)
     return command.run(config, arguments.out, began)
 
 

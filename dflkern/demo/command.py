@@ -59,12 +59,10 @@ def run(config: Config, out: Path, began: float) -> int:
         out: the folder to write into.
         began: when the command was started, in time.perf_counter's seconds.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=110)  # a file or a pipe has no width to fit
+    console = open_console()
     out.mkdir(parents=True, exist_ok=True)  # before the training, which a full disk should not cost
     _introduce(console, config)
-    result = _train(console, config)
+    result = train_with_progress(console, config)
 
     write_predictions(result, out / "predictions.npz")
     draw_curves(result, out / "curves.png")
@@ -103,7 +101,13 @@ def _introduce(console: Console, config: Config) -> None:
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def _train(console: Console, config: Config) -> Run:
+def open_console() -> Console:
+    """Where the demo prints: a file or a pipe has no width to fit."""
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
+
+
+def train_with_progress(console: Console, config: Config, *, watched: bool = False) -> Run:
     """Train, with a bar for each epoch in a terminal and a line for each elsewhere."""
     progress = Progress(
         TextColumn("epoch {task.fields[number]}"),
@@ -150,7 +154,7 @@ def _train(console: Console, config: Config) -> Run:
             )
 
     with progress:
-        return train(config, on_step, on_epoch)
+        return train(config, on_step, on_epoch, watched=watched)
 
 
 def _losses(box: float, classes: float, dfl: float) -> str:

@@ -48,6 +48,13 @@ class Config:
     class_gain: float = 1.0
     dfl_gain: float = 0.5
 
+    mistakes: tuple[str, ...] = ()  # of `mistakes.MISTAKES`, made on purpose
+
+    @property
+    def head_bins(self) -> int:
+        """How many bins the head gives a side: K, unless it has one too many."""
+        return self.num_bins + ("extra-bin" in self.mistakes)
+
     @property
     def steps(self) -> int:
         """Training steps of the whole run."""

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import decode_boxes, dfl_loss, dfl_targets, paired_box_iou, use_backend
+from .. import decode_boxes, dfl_loss, paired_box_iou, use_backend
+from ..doctor import Watch
 from .assign import assign
 from .config import STRIDES, Config
+from .mistakes import box_targets, over_sides
 from .scenes import Scenes
 
 
@@ -34,6 +36,7 @@ def losses(
     config: Config,
     *,
     static: bool = False,
+    watcher: Watch | None = None,
 ) -> Losses:
     """Assign, then BCE on all anchors, CIoU and DFL on the foreground.
 
@@ -50,6 +53,7 @@ def losses(
         scenes: the true boxes and labels.
         config: backend, gains and the assigner's parameters.
         static: assign by squares of `prior_cells` cells instead of by predictions.
+        watcher: the doctor's, which is shown what the DFL is computed from.
     """
     with use_backend(config.decode_backend):
         boxes = decode_boxes(box_logits, points, strides, dim=2).transpose(1, 2)  # in pixels
@@ -78,13 +82,18 @@ def losses(
     ciou = paired_box_iou(boxes[image, anchor], wanted, "ciou")
     box = (w * (1 - ciou)).sum() / total_weight
 
-    targets = dfl_targets(
-        wanted, points_in_pixels[anchor], strides[anchor], config.num_bins
-    )  # (N, 4)
+    targets = box_targets(wanted, points_in_pixels[anchor], strides[anchor], config)  # (N, 4)
+    distributions = box_logits.permute(0, 3, 1, 2)[image, anchor]
     with use_backend(config.backend):
-        per_side = dfl_loss(box_logits.permute(0, 3, 1, 2)[image, anchor], targets)
-    dfl = (w * per_side.mean(-1)).sum() / total_weight
+        per_anchor = over_sides(dfl_loss(distributions, targets), config)
+    dfl = (w * per_anchor).sum() / total_weight
     floor = (w * two_bin_entropy(targets).mean(-1)).sum() / total_weight
+
+    if watcher is not None:
+        watcher.record(
+            logits=distributions, targets=targets, boxes=wanted, anchor_points=points[anchor],
+            stride=strides[anchor], weight=w, normalizer=total_weight, loss=per_anchor,
+        )  # fmt: skip
 
     total = config.box_gain * box + config.class_gain * classes + config.dfl_gain * dfl
     by_level = [weight[:, strides[:, 0] == stride].sum() for stride in STRIDES]

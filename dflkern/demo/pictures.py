@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from .. import paired_box_iou
 from .config import STRIDES
@@ -31,10 +33,11 @@ def draw_curves(run: Run, path: Path) -> None:
 
     _curve(axes[0, 0], [step.dfl for step in steps], "DFL loss", "nats, mean over sides")
     floor = [step.floor for step in steps]
-    axes[0, 0].plot(_at(floor), floor, color=ORANGE, lw=1, label="floor: entropy of its targets")
-    _limit(axes[0, 0], DFL_LIMIT, f"must end below {DFL_LIMIT}")
+    words = "floor: entropy of its targets"
+    axes[0, 0].plot(at_steps(floor), floor, color=ORANGE, lw=1, label=words)
+    limit(axes[0, 0], DFL_LIMIT, f"must end below {DFL_LIMIT}")
     uniform = math.log(run.config.num_bins)
-    _limit(axes[0, 0], uniform, f"ln {run.config.num_bins}: a uniform distribution")
+    limit(axes[0, 0], uniform, f"ln {run.config.num_bins}: a uniform distribution")
     axes[0, 0].set_ylim(0, 1.12 * max([uniform, *(s.dfl for s in steps if math.isfinite(s.dfl))]))
     axes[0, 0].legend(frameon=False, fontsize=9, loc="lower left")
     _curve(axes[0, 1], [step.box for step in steps], "Box loss", "1 − CIoU, weighted mean")
@@ -49,7 +52,7 @@ def draw_curves(run: Run, path: Path) -> None:
         axes[0, 2].text(switch, 0.98, words, color=GREY, fontsize=9, va="top", transform=top)
 
     _curve(axes[1, 0], [step.grad_norm for step in steps], "Gradient norm", "L2, before clipping")
-    _limit(axes[1, 0], GRAD_NORM_LIMIT, f"must stay below {GRAD_NORM_LIMIT:.0f}")
+    limit(axes[1, 0], GRAD_NORM_LIMIT, f"must stay below {GRAD_NORM_LIMIT:.0f}")
     axes[1, 0].set_yscale("log")
     axes[1, 0].set_ylim(top=2 * GRAD_NORM_LIMIT)
 
@@ -69,8 +72,8 @@ def draw_curves(run: Run, path: Path) -> None:
         ha="right",
         color=BLUE,
     )
-    for limit, words in ((SEED_MAP, "asked for"), (MAP_LIMIT, "wanted")):
-        _limit(axes[1, 1], limit, f"{words}: {limit}")
+    for value, words in ((SEED_MAP, "asked for"), (MAP_LIMIT, "wanted")):
+        limit(axes[1, 1], value, f"{words}: {value}")
     axes[1, 1].set(title="Validation mAP", ylabel="mAP", xlabel="epoch", ylim=(0, 1.08))
     axes[1, 1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1, 1].legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.15))
@@ -154,19 +157,25 @@ def _rectangle(axis: Axes, box: list[float], colour: str, width: float) -> None:
 
 def _curve(axis: Axes, values: list[float], title: str, unit: str) -> None:
     """Every step as a faint line, and a running mean on top."""
-    window = max(1, len(values) // 50)
-    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-    axis.plot(_at(values), values, color=BLUE, lw=0.7, alpha=0.35)
-    axis.plot(np.arange(len(smooth)) + 1 + (window - 1) / 2, smooth, color=BLUE, lw=1.8)
+    axis.plot(at_steps(values), values, color=BLUE, lw=0.7, alpha=0.35)
+    axis.plot(*smoothed(values), color=BLUE, lw=1.8)
     axis.set(title=title, ylabel=unit, xlabel="step")
 
 
-def _limit(axis: Axes, value: float, words: str) -> None:
+def smoothed(values: list[float]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Steps and values of a running mean over a fiftieth of them."""
+    window = max(1, len(values) // 50)
+    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+    return np.arange(len(smooth)) + 1 + (window - 1) / 2, smooth
+
+
+def limit(axis: Axes, value: float, words: str) -> None:
     """A dashed line across, with its meaning at the right end."""
     axis.axhline(value, color=GREY, ls="--", lw=1)
     right = axis.get_yaxis_transform()
     axis.text(0.995, value, words, color=GREY, fontsize=9, ha="right", va="bottom", transform=right)
 
 
-def _at(values: list[float]) -> list[int]:
+def at_steps(values: list[float]) -> list[int]:
+    """1, 2, … for each value."""
     return list(range(1, len(values) + 1))

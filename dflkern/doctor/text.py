@@ -1,0 +1,87 @@
+"""The report as text for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from .findings import Finding, Report, Severity
+from .words import number, percent
+
+WIDTH = 100
+LABEL = 9
+UNITS = ("coordinates", "pixels", "normalized")
+
+
+def render(report: Report) -> str:
+    """Verdict, findings, and the table of the levels."""
+    blocks = [
+        "\n".join(textwrap.wrap(_verdict(report), WIDTH)),
+        *(_finding(finding) for finding in report),
+    ]
+    if report.levels:
+        blocks.append(_levels(report))
+    return "\n\n".join(blocks)
+
+
+def _verdict(report: Report) -> str:
+    counts = [(s, sum(f.severity is s for f in report)) for s in reversed(Severity)]
+    words = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts if count)
+    looked = f"Looked at {', '.join(report.examined)}."
+    if not report.findings:
+        return f"Nothing found. {looked}"
+    if report.healthy:
+        return f"Healthy: {words}, nothing to repair. {looked}"
+    return f"{words}. Start with {report.findings[0].code}. {looked}"
+
+
+def _finding(finding: Finding) -> str:
+    if finding.because:
+        head = f"  {finding.severity}: {finding.code}, because of {finding.because}"
+        return "\n".join([head, *_lines("", finding.title, indent=4)])
+    return "\n".join(
+        [
+            f"{finding.severity}: {finding.code}",
+            *_lines("", finding.title),
+            *_lines("example", finding.example),
+            *_lines("cause", finding.cause),
+            f"  {'fix':{LABEL}}{finding.fix}",  # code is not wrapped
+        ]
+    )
+
+
+def _lines(label: str, text: str, indent: int = 2) -> Iterator[str]:
+    first = " " * indent + (f"{label:{LABEL}}" if label else "")
+    rest = " " * len(first)
+    yield from textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest)
+
+
+def _levels(report: Report) -> str:
+    columns: tuple[str, ...] = (
+        "stride", "sides", "below", "above", "at the bound", "largest", "widest box",
+        "K for 99.5 %",
+    )  # fmt: skip
+    rows: list[tuple[str, ...]] = [
+        (
+            "all" if level.stride is None else number(level.stride),
+            str(level.count),
+            percent(level.below),
+            percent(level.above),
+            percent(level.at_bound),
+            "" if level.largest is None else number(level.largest),
+            f"{number(level.reach)} {'cells' if level.stride is None else 'px'}",
+            "" if level.wanted_bins is None else str(level.wanted_bins),
+        )
+        for level in report.levels
+    ]
+    if any(finding.code in UNITS for finding in report):
+        columns, rows = columns[:-1], [line[:-1] for line in rows]  # K would be one for nonsense
+    return f"Targets as DFL takes them, K = {report.num_bins}:\n{_table(columns, rows)}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        for line in (columns, *rows)
+    )
