@@ -146,7 +146,6 @@ struct Softmax {
 // A distribution in registers; one in shared memory is in general.cu.
 template <class F, int K>
 struct RegisterRow {
-  using Number = F;
   F bin[K];
   static __device__ __forceinline__ constexpr int size() { return K; }
   __device__ __forceinline__ F get(int k) const { return bin[k]; }

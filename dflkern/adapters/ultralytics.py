@@ -108,7 +108,8 @@ def _replacements(framework: str) -> list[Replacement]:
 
 def _dfl_loss(original: Function, self: Any, pred_dist: Tensor, target: Tensor) -> Tensor:
     """Rows (4N, K) and targets (N, 4) to (N, 1)."""
-    return dflkern.dfl_loss(pred_dist.unflatten(0, target.shape), target).mean(-1, keepdim=True)
+    loss = dflkern.dfl_loss(pred_dist.unflatten(0, target.shape), target, reduction="sides")
+    return loss.unsqueeze(-1)
 
 
 def _box_loss(
