@@ -7,9 +7,17 @@
 namespace dflkern {
 namespace {
 
-int64_t offset_of(const BoxLayout& layout, int64_t index) {
-  const int64_t image = index / layout.anchors, anchor = index % layout.anchors;
-  return image * layout.anchors * kSides + anchor * layout.anchor_step();
+// Calls function(anchor, offset of its first number) for anchors, of all images, begin to end.
+template <class Function>
+void each_anchor(const BoxLayout& layout, int64_t begin, int64_t end, Function function) {
+  int64_t image = begin / layout.anchors, anchor = begin % layout.anchors;
+  for (int64_t index = begin; index < end; ++index, ++anchor) {
+    if (anchor == layout.anchors) {
+      anchor = 0;
+      ++image;
+    }
+    function(anchor, image * layout.anchors * kSides + anchor * layout.anchor_step());
+  }
 }
 
 template <class F, class W>
@@ -237,9 +245,8 @@ template <class F>
 void to_boxes(const BoxLayout& layout, const F* points, const F* stride, bool xywh, int64_t begin,
               int64_t end, F* boxes) {
   const int64_t side = layout.side_step();
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t anchor = index % layout.anchors;
-    F* box = boxes + offset_of(layout, index);
+  each_anchor(layout, begin, end, [=](int64_t anchor, int64_t offset) {
+    F* box = boxes + offset;
     const F x = points[2 * anchor], y = points[2 * anchor + 1];
     const F scale = stride ? stride[anchor] : F(1);
     F x1 = x - box[0], y1 = y - box[side], x2 = x + box[2 * side], y2 = y + box[3 * side];
@@ -254,24 +261,24 @@ void to_boxes(const BoxLayout& layout, const F* points, const F* stride, bool xy
     box[side] = y1 * scale;
     box[2 * side] = x2 * scale;
     box[3 * side] = y2 * scale;
-  }
+  });
 }
 
 template <class F>
 void to_distance_gradients(const BoxLayout& layout, const F* stride, bool xywh, int64_t begin,
                            int64_t end, const F* grad_boxes, F* grad_distances) {
   const int64_t side = layout.side_step();
-  for (int64_t index = begin; index < end; ++index) {
-    const F* from = grad_boxes + offset_of(layout, index);
-    F* to = grad_distances + offset_of(layout, index);
-    const F scale = stride ? stride[index % layout.anchors] : F(1);
+  each_anchor(layout, begin, end, [=](int64_t anchor, int64_t offset) {
+    const F* from = grad_boxes + offset;
+    F* to = grad_distances + offset;
+    const F scale = stride ? stride[anchor] : F(1);
     for (int axis = 0; axis < 2; ++axis) {
       const F first = from[axis * side] * scale, second = from[(axis + 2) * side] * scale;
       // Centre = anchor + (rb - lt) / 2, size = lt + rb
       to[axis * side] = xywh ? second - first / 2 : -first;
       to[(axis + 2) * side] = xywh ? second + first / 2 : second;
     }
-  }
+  });
 }
 
 template void to_boxes<float>(const BoxLayout&, const float*, const float*, bool, int64_t, int64_t,

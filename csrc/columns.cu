@@ -7,6 +7,11 @@
 #include "entries.cuh"
 
 namespace dflkern {
+
+__device__ __forceinline__ __half2 pair_of(fp16 x, fp16 y) { return {x, y}; }
+__device__ __forceinline__ __nv_bfloat162 pair_of(bf16 x, bf16 y) { return {x, y}; }
+__device__ __forceinline__ float2 pair_of(float x, float y) { return make_float2(x, y); }
+
 namespace {
 
 // kWidth neighbouring elements.
@@ -22,10 +27,6 @@ struct Neighbours<T, 1> {
     *to = narrow<T>(from[0]);
   }
 };
-
-__device__ __forceinline__ __half2 pair_of(fp16 x, fp16 y) { return {x, y}; }
-__device__ __forceinline__ __nv_bfloat162 pair_of(bf16 x, bf16 y) { return {x, y}; }
-__device__ __forceinline__ float2 pair_of(float x, float y) { return make_float2(x, y); }
 
 template <class T>
 struct Neighbours<T, 2> {
