@@ -17,7 +17,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 from modelled_tables import modelled_in_full  # noqa: E402
 
-from emulation import Farm, compiles  # noqa: E402
+from emulation import Workers, compiles  # noqa: E402
 from measures import BACKENDS, BINS, COUNT, DTYPES, GPU_OF, cases, measure  # noqa: E402
 
 
@@ -31,9 +31,9 @@ def main() -> int:
     arguments = parser.parse_args()
     backends = arguments.backend or [name for name in BACKENDS if compiles(name) is None]
     wanted = cases(arguments.bins or BINS, arguments.dtype or DTYPES, backends)
-    farm, kernels, wrong = Farm(wanted), [], 0
+    workers, kernels, wrong = Workers(wanted), [], 0
     for case in wanted:
-        outcome = farm.outcome(case)
+        outcome = workers.outcome(case)
         if outcome.faults:
             print(f"{case}: {'; '.join(outcome.faults)}", file=sys.stderr)
             wrong += 1
@@ -42,7 +42,7 @@ def main() -> int:
         words = ("backend", "op", "dtype", "bins", "layout", "arch")
         named = {name: getattr(case, name) for name in words} | {"kernel": outcome.kernel}
         kernels.append(named | {"gpu": GPU_OF[case.arch]} | found)
-    farm.close()
+    workers.close()
     recorded = {"distributions": COUNT, "peers": PEERS, "kernels": kernels}
     arguments.out.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     print(modelled_in_full(recorded))

@@ -83,16 +83,16 @@ def device(request):
 
 
 @pytest.fixture(scope="session")
-def farm(request):
+def workers(request):
     """Runs the cases of all collected tests, in processes beside this one, from the first on."""
     cases = [
         item.callspec.params["case"]
         for item in request.session.items
-        if "farm" in item.fixturenames and "case" in item.callspec.params
+        if "workers" in item.fixturenames and "case" in item.callspec.params
     ]
-    farm = emulation.Farm(cases)
-    yield farm
-    farm.close()
+    workers = emulation.Workers(cases)
+    yield workers
+    workers.close()
 
 
 @pytest.fixture(autouse=True)

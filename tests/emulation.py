@@ -1,7 +1,7 @@
 """Compiled GPU kernels, run in the PTX emulator and compared with the reference.
 
 A `Case` names a launch. `run_case` plans and compiles it as the library does, runs the PTX, and
-returns an `Outcome`. Cases are independent, so they run in processes of their own (`Farm`), which
+returns an `Outcome`. Cases are independent, so they run in processes of their own (`Workers`), which
 compile for GPUs: TRITON_INTERPRET, which the test session sets, stops Triton from doing so.
 """
 
@@ -313,7 +313,7 @@ def compiles(backend):
     return None
 
 
-class Farm:
+class Workers:
     """Runs cases in two processes; `outcome` waits for one."""
 
     def __init__(self, cases):

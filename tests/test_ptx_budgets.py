@@ -40,8 +40,8 @@ def parameters():
 
 
 @pytest.mark.parametrize("case", list(parameters()))
-def test_budget(farm, case):
-    outcome = farm.outcome(case)
+def test_budget(workers, case):
+    outcome = workers.outcome(case)
     assert outcome.faults == ()
     got = measure(case, outcome)
     assert (got.spills, got.stack) == (0, 0)
@@ -92,9 +92,9 @@ EXCEPTIONS = [
         for case, *rest in EXCEPTIONS
     ],
 )
-def test_exception(farm, case, time, share, reason):
+def test_exception(workers, case, time, share, reason):
     """Still needed, still as measured, and right all the same."""
-    outcome = farm.outcome(case)
+    outcome = workers.outcome(case)
     assert outcome.faults == ()
     got = measure(case, outcome)
     assert got.time > TIME or got.share > SHARE, f"within the budget now: {reason}"

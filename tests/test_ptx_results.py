@@ -70,5 +70,5 @@ def variants_of(cases, backend):
 
 
 @pytest.mark.parametrize("case", list(parameters()))
-def test_results(farm, case):
-    assert farm.outcome(case).faults == ()
+def test_results(workers, case):
+    assert workers.outcome(case).faults == ()
