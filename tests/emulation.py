@@ -1,8 +1,8 @@
 """Compiled GPU kernels, run in the PTX emulator and compared with the reference.
 
 A `Case` names a launch. `run_case` plans and compiles it as the library does, runs the PTX, and
-returns an `Outcome`. Cases are independent, so they run in processes of their own (`Workers`), which
-compile for GPUs: TRITON_INTERPRET, which the test session sets, stops Triton from doing so.
+returns an `Outcome`. Cases are independent, so they run in processes of their own (`Workers`),
+which compile for GPUs: TRITON_INTERPRET, which the test session sets, stops Triton from doing so.
 """
 
 import concurrent.futures
