@@ -2,6 +2,10 @@
 
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "lanes.h"
 
 namespace dflkern {
@@ -313,6 +317,28 @@ void sum_box_losses(const BoxLoss& loss, int64_t begin, int64_t end, BoxSums* su
     BoxChunk<decltype(logit)> chunk(loss);
     for (int64_t c = begin; c < end; ++c) sums[c] = chunk.sum(c);
   });
+}
+
+void fill_zeros(char* data, int64_t size, int64_t begin, int64_t end) {
+#if defined(__SSE2__)
+  constexpr int64_t kCached = 1 << 22;
+  if (size > kCached) {
+    const auto aligned = [&](int64_t at) {
+      const int64_t over = reinterpret_cast<uintptr_t>(data + at) % kCacheLine;
+      return over ? std::min(at + kCacheLine - over, end) : at;
+    };
+    int64_t at = aligned(begin);
+    std::memset(data + begin, 0, at - begin);
+    for (; at + kCacheLine <= end; at += kCacheLine) {
+      for (int i = 0; i < kCacheLine; i += 16) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(data + at + i), _mm_setzero_si128());
+      }
+    }
+    _mm_sfence();
+    begin = at;
+  }
+#endif
+  std::memset(data + begin, 0, end - begin);
 }
 
 void write_box_gradients(const BoxLoss& loss, const BoxGradients& upstream, int64_t begin,

@@ -74,6 +74,10 @@ struct BoxGradients {
 // Adds up w (1 - IoU) and w mean(DFL over the sides) of chunks begin to end into sums[chunk].
 void sum_box_losses(const BoxLoss& loss, int64_t begin, int64_t end, BoxSums* sums);
 
+// Sets bytes begin to end of a tensor of `size` bytes to 0; past the caches if it is a large one,
+// which is then not read before it is overwritten.
+void fill_zeros(char* data, int64_t size, int64_t begin, int64_t end);
+
 // Writes the gradient of the anchors of chunks begin to end; all others are left as they are.
 void write_box_gradients(const BoxLoss& loss, const BoxGradients& upstream, int64_t begin,
                          int64_t end);

@@ -183,9 +183,10 @@ Tensor box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, Tensor
   BoxLoss& loss = of.loss;
   Tensor gradient = empty_gradient(logits);
   char* bytes = static_cast<char*>(gradient.mutable_data_ptr());
+  const int64_t size = gradient.numel() * static_cast<int64_t>(gradient.element_size());
   torch::stable::parallel_for(
-      0, gradient.numel() * static_cast<int64_t>(gradient.element_size()), kBytesPerThread,
-      [&](int64_t begin, int64_t end) { std::memset(bytes + begin, 0, end - begin); });
+      0, size, kBytesPerThread,
+      [&](int64_t begin, int64_t end) { fill_zeros(bytes, size, begin, end); });
   if (loss.chunks == 0) return gradient;
   set_gradient(loss.call, gradient, dim);
   loss.gradient = strides_of(gradient, dim);

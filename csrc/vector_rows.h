@@ -12,7 +12,7 @@ namespace dflkern {
 constexpr int kRows = kVectorBytes / sizeof(float);
 
 // Elements between what is computed and what is fetched from memory.
-constexpr int kAheadInRow = 1024;
+constexpr int kAheadInRow = 2048;
 
 // Row i begins at logits + offsets[i]; `lanes`, a multiple of kRows, can be read, and the gradients
 // of `count` are written. Everything else has a value per row.
@@ -128,6 +128,47 @@ constexpr bool kHasRows = false;
 
 #if defined(__AVX2__) && defined(__F16C__)
 
+// What is left of four vectors: sums over the lanes of each four, and those of 0, 1, 2, 3 times them.
+DFL_INLINE void halve_pairs(const VecF* v, VecF& sum, VecF& moment) {
+  VecF sums[2], upper[2];
+  DFL_UNROLL for (int i = 0; i < 2; ++i) {
+    upper[i] = high_pairs(v[2 * i], v[2 * i + 1]);
+    sums[i] = low_pairs(v[2 * i], v[2 * i + 1]) + upper[i];
+  }
+  const VecF high = high_halves(sums[0], sums[1]);
+  sum = low_halves(sums[0], sums[1]) + high;
+  moment = fma(splat<VecF>(2), low_halves(upper[0], upper[1]) + high_halves(upper[0], upper[1]),
+               high);
+}
+
+// Lane i of `sum` is the sum of all lanes of rows[i], lane i of `moment` that of lane number
+// times lane: what is added from the upper part of a vector adds its distance from the lower one.
+DFL_INLINE void sum_and_moment(const VecF (&rows)[kRows][1], VecF& sum, VecF& moment) {
+  VecF sums[kRows / 4], moments[kRows / 4];
+  DFL_UNROLL for (int i = 0; i < kRows / 4; ++i) halve_pairs(rows[4 * i], sums[i], moments[i]);
+#if defined(__AVX512F__)
+  VecF halved[2], upper[2];
+  DFL_UNROLL for (int i = 0; i < 2; ++i) {
+    const VecF high = _mm512_shuffle_f32x4(sums[2 * i], sums[2 * i + 1], 0xee);
+    halved[i] = VecF(_mm512_shuffle_f32x4(sums[2 * i], sums[2 * i + 1], 0x44)) + high;
+    upper[i] = fma(splat<VecF>(8), high,
+                   VecF(_mm512_shuffle_f32x4(moments[2 * i], moments[2 * i + 1], 0x44)) +
+                       VecF(_mm512_shuffle_f32x4(moments[2 * i], moments[2 * i + 1], 0xee)));
+  }
+  const VecF high = _mm512_shuffle_f32x4(halved[0], halved[1], 0xdd);
+  sum = VecF(_mm512_shuffle_f32x4(halved[0], halved[1], 0x88)) + high;
+  moment = fma(splat<VecF>(4), high,
+               VecF(_mm512_shuffle_f32x4(upper[0], upper[1], 0x88)) +
+                   VecF(_mm512_shuffle_f32x4(upper[0], upper[1], 0xdd)));
+#else
+  const VecF high = _mm256_permute2f128_ps(sums[0], sums[1], 0x31);
+  sum = VecF(_mm256_permute2f128_ps(sums[0], sums[1], 0x20)) + high;
+  moment = fma(splat<VecF>(4), high,
+               VecF(_mm256_permute2f128_ps(moments[0], moments[1], 0x20)) +
+                   VecF(_mm256_permute2f128_ps(moments[0], moments[1], 0x31)));
+#endif
+}
+
 // kRows rows of R vectors each.
 template <int R>
 using Vectors = VecF[kRows][R];
@@ -150,35 +191,43 @@ DFL_INLINE void find_row_maxima(const Rows<T>& it, float* max) {
     Vectors<R> z;
     DFL_UNROLL for (int i = 0; i < kRows; ++i) {
       const T* row = it.logits + it.offsets[lane + i];
-      __builtin_prefetch(row + kAheadInRow);
       DFL_UNROLL for (int r = 0; r < R; ++r) z[i][r] = load_vector(row + r * kRows);
     }
     store(max + lane, over_rows<R>(z, [](VecF a, VecF b) { return larger(a, b); }));
   }
 }
 
-// exp(z - max) of kRows rows, and their sums.
+// exp(z - max) of kRows rows.
 template <int R, class T>
-DFL_INLINE VecF exps_of_rows(const T* logits, const int64_t* offsets, const float* max,
+DFL_INLINE void exps_of_rows(const T* logits, const int64_t* offsets, const float* max,
                              Vectors<R>& e) {
   _Pragma("GCC unroll 8") for (int i = 0; i < kRows; ++i) {
+    const T* row = logits + offsets[i];
+    __builtin_prefetch(row + kAheadInRow);
     DFL_UNROLL for (int r = 0; r < R; ++r) {
-      e[i][r] = exp_nonpositive(load_vector(logits + offsets[i] + r * kRows) - max[i]);
+      e[i][r] = exp_nonpositive(load_vector(row + r * kRows) - max[i]);
     }
   }
-  return over_rows<R>(e, [](VecF a, VecF b) { return a + b; });
 }
 
-// Sums of e W.
-template <int R>
-DFL_INLINE VecF moments(const Vectors<R>& e, const float* positions) {
-  Vectors<R> scaled;
-  DFL_UNROLL for (int i = 0; i < kRows; ++i) {
-    DFL_UNROLL for (int r = 0; r < R; ++r) {
-      scaled[i][r] = e[i][r] * load<VecF>(positions + r * kRows);
-    }
+// The sums of e, and those of e W if kMoment.
+template <int R, bool kMoment>
+DFL_INLINE void sum_rows(const Vectors<R>& e, const Bins<float>& bins, const float* positions,
+                         VecF& sum, VecF& moment) {
+  const auto add = [](VecF a, VecF b) { return a + b; };
+  if constexpr (kMoment && R == 1) {
+    if (bins.positions == nullptr) return sum_and_moment(e, sum, moment);
   }
-  return over_rows<R>(scaled, [](VecF a, VecF b) { return a + b; });
+  sum = over_rows<R>(e, add);
+  if constexpr (kMoment) {
+    Vectors<R> scaled;
+    DFL_UNROLL for (int i = 0; i < kRows; ++i) {
+      DFL_UNROLL for (int r = 0; r < R; ++r) {
+        scaled[i][r] = e[i][r] * load<VecF>(positions + r * kRows);
+      }
+    }
+    moment = over_rows<R>(scaled, add);
+  }
 }
 
 // The logits of the two bins of each row.
@@ -212,9 +261,11 @@ void forward_rows(const Rows<T>& it, const Bins<float>& bins, const float* posit
   find_row_maxima<R>(it, max);
   for (int lane = 0; lane < it.lanes; lane += kRows) {
     Vectors<R> e;
-    const VecF sum = exps_of_rows<R>(it.logits, it.offsets + lane, max + lane, e);
+    VecF sum, moment;
+    exps_of_rows<R>(it.logits, it.offsets + lane, max + lane, e);
+    sum_rows<R, kPosition>(e, bins, positions, sum, moment);
     store(mass + lane, sum);
-    if (kPosition) store(it.position + lane, moments<R>(e, positions) / sum);
+    if (kPosition) store(it.position + lane, moment / sum);
   }
   for (int lane = 0; kLoss && lane < it.lanes; lane += kRows) {
     alignas(64) T pairs[2 * kRows];
@@ -245,7 +296,10 @@ void backward_rows(const Rows<T>& it, const Bins<float>& bins, const float* posi
   find_row_maxima<R>(it, max);
   for (int lane = 0; lane < it.lanes; lane += kRows) {
     Vectors<R>& own = e[lane / kRows];
-    VecF inverse = 1 / exps_of_rows<R>(it.logits, it.offsets + lane, max + lane, own);
+    VecF sum, moment;
+    exps_of_rows<R>(it.logits, it.offsets + lane, max + lane, own);
+    sum_rows<R, kPosition>(own, bins, positions, sum, moment);
+    VecF inverse = 1 / sum;
     if (kLoss) {
       const TwoBins<VecF> y = two_bins(load<VecF>(it.target + lane), bins);
       const VecF upstream = load<VecF>(it.grad_loss + lane);
@@ -258,7 +312,7 @@ void backward_rows(const Rows<T>& it, const Bins<float>& bins, const float* posi
     }
     if (kPosition) {
       store(slopes.position + lane, load<VecF>(it.grad_position + lane) * inverse);
-      store(slopes.expected + lane, moments<R>(own, positions) * inverse);
+      store(slopes.expected + lane, moment * inverse);
     }
   }
   T* const gradients = it.gradient;

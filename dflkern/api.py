@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, backends, eager, implementations, reductions, reference
+from . import arguments, backends, eager, eager_boxes, implementations, reductions, reference
 from .checks import Project, check_choice, check_reduction, check_weight
 from .problem import compute_dtype, describe_tensor
 
@@ -168,6 +168,8 @@ def decode_boxes(
     bound = arguments.decode_boxes(
         logits, anchor_points, stride, dim=dim, project=project, box_format=box_format
     )
+    if eager.serves(logits, backends.requested()):
+        return eager_boxes.decode_boxes(bound)
     boxes: Tensor = _call("decode_boxes", bound)
     return boxes
 
@@ -223,6 +225,8 @@ def box_loss(
         logits, anchor_points, target_boxes, weight, normalizer, dim=dim, foreground=foreground,
         project=project, margin=margin, iou=iou,
     )  # fmt: skip
+    if eager.serves(logits, backends.requested()):
+        return eager_boxes.box_loss(bound)
     iou_loss, dfl = _call("box_loss", bound)
     return iou_loss, dfl
 

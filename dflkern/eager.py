@@ -23,7 +23,7 @@ ENABLED = True  # for tests of the other way
 
 
 def serves(logits: Tensor, backend: str) -> bool:
-    """Whether a call on single distributions may go the short way."""
+    """Whether a call may go the short way."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -38,7 +38,7 @@ def serves(logits: Tensor, backend: str) -> bool:
 def dfl_loss(bound: tuple[Any, ...], weight: Tensor | None, reduction: str) -> Tensor:
     """The loss, weighted and reduced, from the operator's arguments but the backend."""
     logits, target, project, positions, dim, margin = bound
-    w = _project(logits, project, positions)
+    w = project_of(logits, project, positions)
     if logits.requires_grad and torch.is_grad_enabled():
         result: Tensor = _Loss.apply(logits, target, w, dim, margin, weight, reduction)
         return result
@@ -48,26 +48,27 @@ def dfl_loss(bound: tuple[Any, ...], weight: Tensor | None, reduction: str) -> T
 def dfl_decode(bound: tuple[Any, ...]) -> Tensor:
     """The expected position, from the operator's arguments but the backend."""
     logits, project, positions, dim = bound
-    w = _project(logits, project, positions)
+    w = project_of(logits, project, positions)
     if logits.requires_grad and torch.is_grad_enabled():
         position: Tensor = _Decode.apply(logits, w, dim)
         return position
-    expected: Tensor = _operator("dfl_decode")(logits, w, dim)
+    expected: Tensor = operator_of("dfl_decode")(logits, w, dim)
     return expected
 
 
 def dfl_loss_and_decode(bound: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Both, from the operator's arguments but the backend."""
     logits, target, project, positions, dim, margin = bound
-    w = _project(logits, project, positions)
+    w = project_of(logits, project, positions)
     if logits.requires_grad and torch.is_grad_enabled():
         loss, position = _LossAndDecode.apply(logits, target, w, dim, margin)
     else:
-        loss, position = _operator("dfl_loss_and_decode")(logits, target, w, dim, margin)
+        loss, position = operator_of("dfl_loss_and_decode")(logits, target, w, dim, margin)
     return loss, position
 
 
-def _project(logits: Tensor, project: Tensor | None, positions: Any) -> Tensor | None:
+def project_of(logits: Tensor, project: Tensor | None, positions: Any) -> Tensor | None:
+    """The bins' positions as the C++ operators take them."""
     if project is None and positions is None:
         return None
     return implementations.resolve_project(
@@ -75,7 +76,8 @@ def _project(logits: Tensor, project: Tensor | None, positions: Any) -> Tensor |
     )
 
 
-def _operator(name: str) -> Callable[..., Any]:
+def operator_of(name: str) -> Callable[..., Any]:
+    """The C++ operator of that name."""
     found = _operators.get(name)
     if found is None:
         found = _operators[name] = getattr(torch.ops.dflkern, f"_cpu_{name}").default
@@ -105,7 +107,7 @@ def _loss(
     reduction: str,
 ) -> Tensor:
     mean = _takes_mean(logits, dim, weight, reduction)
-    loss: Tensor = _operator("dfl_loss")(logits, target, w, dim, margin, mean)
+    loss: Tensor = operator_of("dfl_loss")(logits, target, w, dim, margin, mean)
     return loss if mean else reductions.reduce(loss, weight, reduction, dim - 1)
 
 
@@ -139,7 +141,7 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradient = ops.gradient({"loss": grad}, logits, target, w, None, dim, margin, "cpu")
         else:
-            backward = _operator("dfl_loss_backward")
+            backward = operator_of("dfl_loss_backward")
             gradient = backward(grad, logits, target, w, dim, margin, mean)
         return gradient, None, None, None, None, None, None
 
@@ -152,7 +154,7 @@ class _Decode(torch.autograd.Function):
         """Save the logits, and run."""
         ctx.save_for_backward(logits, w)
         ctx.dim = dim
-        position: Tensor = _operator("dfl_decode")(logits, w, dim)
+        position: Tensor = operator_of("dfl_decode")(logits, w, dim)
         return position
 
     @staticmethod
@@ -162,7 +164,7 @@ class _Decode(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradient = ops.gradient({"position": grad}, logits, None, w, None, ctx.dim, 0.0, "cpu")
         else:
-            gradient = _operator("dfl_decode_backward")(grad, logits, w, ctx.dim)
+            gradient = operator_of("dfl_decode_backward")(grad, logits, w, ctx.dim)
         return gradient, None, None
 
 
@@ -177,7 +179,7 @@ class _LossAndDecode(torch.autograd.Function):
         ctx.save_for_backward(logits, target, w)
         ctx.set_materialize_grads(False)
         ctx.rest = dim, margin
-        return _operator("dfl_loss_and_decode")(logits, target, w, dim, margin)
+        return operator_of("dfl_loss_and_decode")(logits, target, w, dim, margin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -191,7 +193,7 @@ class _LossAndDecode(torch.autograd.Function):
         elif torch.is_grad_enabled():
             gradient = ops.gradient(given, logits, target, w, None, dim, margin, "cpu")
         else:
-            operator = _operator(ops.BACKWARD[tuple(given)])
+            operator = operator_of(ops.BACKWARD[tuple(given)])
             if "loss" in given:
                 gradient = operator(*given.values(), logits, target, w, dim, margin)
             else:

@@ -162,7 +162,8 @@ def _decode_boxes_fake(*arguments: Any) -> Tensor:
     return _empty_outputs(arguments[0], arguments[5])
 
 
-def _decode_boxes_backward(*arguments: Any) -> Any:
+def decode_boxes_backward(*arguments: Any) -> Any:
+    """The backward operator's implementation; with None as backend, differentiable."""
     *tensors, project, positions, dim, box_format, backend = arguments
     return implementations.boxes(
         "decode_boxes_backward", tensors, tensors[1], project, positions, dim, [box_format], backend
@@ -178,7 +179,7 @@ def _decode_boxes_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     logits, stride, project = ctx.saved_tensors
     positions, dim, box_format, backend = ctx.rest
     if torch.is_grad_enabled():
-        gradient = _decode_boxes_backward(
+        gradient = decode_boxes_backward(
             grad, logits, stride, project, positions, dim, box_format, None
         )
     else:
@@ -191,7 +192,7 @@ def _decode_boxes_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _register("decode_boxes", _decode_boxes, _decode_boxes_fake)
 _register(
     "decode_boxes_backward",
-    _decode_boxes_backward,
+    decode_boxes_backward,
     lambda grad_boxes, logits, *rest: torch.empty_like(logits),
 )
 _register_autograd("decode_boxes", _decode_boxes_setup, _decode_boxes_autograd)
@@ -209,7 +210,8 @@ def _box_loss_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty((), dtype=dtype), logits.new_empty((), dtype=dtype)
 
 
-def _box_loss_backward(*arguments: Any) -> Any:
+def box_loss_backward(*arguments: Any) -> Any:
+    """The backward operator's implementation; with None as backend, differentiable."""
     *tensors, project, positions, dim, margin, iou, backend = arguments
     return implementations.boxes(
         "box_loss_backward", tensors, tensors[2], project, positions, dim, [margin, iou], backend
@@ -224,7 +226,7 @@ def _box_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _box_loss_autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        gradient = _box_loss_backward(*grads, *ctx.saved_tensors, *ctx.rest, None)
+        gradient = box_loss_backward(*grads, *ctx.saved_tensors, *ctx.rest, None)
     else:
         gradient = torch.ops.dflkern.box_loss_backward(
             *grads, *ctx.saved_tensors, *ctx.rest, ctx.backend
@@ -235,7 +237,7 @@ def _box_loss_autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 _register("box_loss", _box_loss, _box_loss_fake)
 _register(
     "box_loss_backward",
-    _box_loss_backward,
+    box_loss_backward,
     lambda grad_iou, grad_dfl, logits, *rest: torch.empty_like(logits),
 )
 _register_autograd("box_loss", _box_loss_setup, _box_loss_autograd)
