@@ -1,6 +1,6 @@
 // Stand-alone check of the CPU kernels for boxes, without torch, for sanitizers: the error of atan,
-// and both losses and their gradient against plain double arithmetic, in buffers that end where the
-// data ends. Exits with 1 if anything fails.
+// decoded boxes, and both losses and their gradient against plain double arithmetic, in buffers that
+// end where the data ends. Exits with 1 if anything fails.
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "box_decode.h"
 #include "boxes.h"
 #include "convert.h"
 
@@ -164,6 +165,104 @@ void check_loss(Storage storage, int bins, int64_t batch, int64_t anchors, bool 
 }
 
 template <class T>
+void check_decode(Storage storage, int bins, int64_t anchors, bool rows, bool xywh) {
+  using F = Compute<T>;
+  constexpr int64_t kBatch = 2;
+  std::mt19937 random(bins + 11 * anchors);
+  std::uniform_real_distribution<double> uniform(0, 1);
+  const int64_t count = kBatch * anchors * kSides;
+  const std::unique_ptr<T[]> logits(new T[count * bins]);
+  const std::unique_ptr<F[]> points(new F[2 * anchors]), stride(new F[anchors]);
+  const std::unique_ptr<F[]> boxes(new F[count]);
+  for (int64_t i = 0; i < count * bins; ++i) {
+    narrow(static_cast<F>(uniform(random) * 6), logits[i]);
+  }
+  for (int64_t i = 0; i < 2 * anchors; ++i) points[i] = static_cast<F>(uniform(random) * 20);
+  for (int64_t i = 0; i < anchors; ++i) stride[i] = static_cast<F>(8 + i % 3);
+
+  const BoxLayout layout{kBatch, anchors, rows};
+  const BoxDecode decode{points.get(), stride.get(), xywh, anchors, rows};
+  Call call{};
+  call.storage = storage;
+  call.logits = logits.get();
+  call.bins = bins;
+  call.bin_stride = rows ? 1 : anchors;
+  call.position = true;
+  call.position_out = boxes.get();
+  call.boxes = &decode;
+  const Axis images{kBatch, anchors * kSides * bins, anchors * kSides, 0};
+  const Axis sides{kSides, rows ? bins : bins * anchors, layout.side_step(), 0};
+  const Axis along{anchors, rows ? kSides * bins : 1, layout.anchor_step(), 0};
+  call.axes = 3;
+  call.axis[0] = images;
+  call.axis[1] = rows ? along : sides;
+  call.axis[2] = rows ? sides : along;
+  plan(call);
+  run(call, 0, call.lines * call.blocks_per_line);
+  if (!gives_boxes(call)) {
+    to_boxes(layout, points.get(), stride.get(), xywh, 0, kBatch * anchors, boxes.get());
+  }
+
+  double worst = 0;
+  for (int64_t i = 0; i < kBatch * anchors; ++i) {
+    const int64_t image = i / anchors, anchor = i % anchors;
+    double d[kSides];
+    for (int s = 0; s < kSides; ++s) {
+      std::vector<double> z;
+      const int64_t first = image * images.logits + anchor * along.logits + s * sides.logits;
+      for (int k = 0; k < bins; ++k) z.push_back(widened(logits[first + k * call.bin_stride]));
+      d[s] = side_of(z, 0, 0).expected;
+    }
+    const double x = points[2 * anchor], y = points[2 * anchor + 1];
+    double box[kSides] = {x - d[0], y - d[1], x + d[2], y + d[3]};
+    if (xywh) {
+      for (int a = 0; a < 2; ++a) {
+        const double low = box[a], high = box[a + 2];
+        box[a] = (low + high) / 2;
+        box[a + 2] = high - low;
+      }
+    }
+    const F* at = boxes.get() + image * images.output + anchor * along.output;
+    for (int s = 0; s < kSides; ++s) {
+      worst = std::max(worst, std::fabs(at[s * sides.output] - box[s] * stride[anchor]));
+    }
+  }
+  expect(worst <= (sizeof(F) == 4 ? 5e-5 : 1e-11) * bins,
+         "decode, storage " + std::to_string(static_cast<int>(storage)) + ", bins " +
+             std::to_string(bins) + ", anchors " + std::to_string(anchors) +
+             (rows ? ", rows" : ", columns") + (xywh ? ", xywh" : ", xyxy"));
+}
+
+void check_zeros() {
+  constexpr int64_t kLarge = (int64_t{1} << 22) + 1000;
+  for (const int64_t size : {int64_t{1000}, kLarge}) {
+    const std::unique_ptr<char[]> data(new char[size]);
+    for (const int64_t begin : {0, 1, 63, 64, 700}) {
+      for (const int64_t end : {begin, begin + 1, begin + 100, size}) {
+        std::fill(data.get(), data.get() + size, 1);
+        fill_zeros(data.get(), size, begin, end);
+        const auto zeros = std::count(data.get(), data.get() + size, 0);
+        const auto within = std::count(data.get() + begin, data.get() + end, 0);
+        expect(zeros == end - begin && within == zeros,
+               "zeros from " + std::to_string(begin) + " to " + std::to_string(end));
+      }
+    }
+  }
+}
+
+template <class T>
+void check_decodes(Storage storage) {
+  for (const int bins : {2, 8, 16, 17, 91}) {
+    for (const int64_t anchors : {1, 7, 16, 33, 130}) {
+      for (const bool rows : {true, false}) {
+        check_decode<T>(storage, bins, anchors, rows, false);
+        check_decode<T>(storage, bins, anchors, rows, true);
+      }
+    }
+  }
+}
+
+template <class T>
 void check_losses(Storage storage) {
   for (const int bins : {2, 8, 16, 17, 33, 91, 256}) {
     for (const int64_t anchors : {1, 7, 16, 33}) {
@@ -185,6 +284,11 @@ int main() {
   check_losses<double>(Storage::kDouble);
   check_losses<Half>(Storage::kHalf);
   check_losses<BFloat16>(Storage::kBFloat16);
+  check_decodes<float>(Storage::kFloat);
+  check_decodes<double>(Storage::kDouble);
+  check_decodes<Half>(Storage::kHalf);
+  check_decodes<BFloat16>(Storage::kBFloat16);
+  check_zeros();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

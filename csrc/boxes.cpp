@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-#include "lanes.h"
+#include "box_chunk.h"
 
 namespace dflkern {
 namespace {
@@ -23,190 +23,6 @@ void each_anchor(const BoxLayout& layout, int64_t begin, int64_t end, Function f
     function(anchor, image * layout.anchors * kSides + anchor * layout.anchor_step());
   }
 }
-
-template <class F, class W>
-F sum_of(const W* scores, int64_t classes, int64_t stride) {
-  F sum = 0;
-  for (int64_t c = 0; c < classes; ++c) sum += static_cast<F>(widened(scores[c * stride]));
-  return sum;
-}
-
-// The weight of an anchor: the sum of its class scores.
-template <class F>
-F weight_of(const Weights& weight, int64_t image, int64_t anchor) {
-  const int64_t offset = image * weight.batch_stride + anchor * weight.anchor_stride;
-  switch (weight.storage) {
-    case Storage::kFloat:
-      return sum_of<F>(static_cast<const float*>(weight.data) + offset, weight.classes,
-                       weight.class_stride);
-    case Storage::kDouble:
-      return sum_of<F>(static_cast<const double*>(weight.data) + offset, weight.classes,
-                       weight.class_stride);
-    case Storage::kHalf:
-      return sum_of<F>(static_cast<const Half*>(weight.data) + offset, weight.classes,
-                       weight.class_stride);
-    case Storage::kBFloat16:
-      return sum_of<F>(static_cast<const BFloat16*>(weight.data) + offset, weight.classes,
-                       weight.class_stride);
-  }
-  return F(0);
-}
-
-// The anchors of one chunk that have a weight, side by side; lane s * count + i is side s of the
-// i-th of them.
-template <class T>
-class BoxChunk {
-  using F = Compute<T>;
-  using V = Vec<F>;
-  static constexpr int kWidth = sizeof(V) / sizeof(F);
-  static constexpr int kAnchors = kMaxLanes / kSides;
-
- public:
-  explicit BoxChunk(const BoxLoss& loss)
-      : loss_(loss),
-        forward_(call_for(loss, true, false)),
-        decode_(call_for(loss, false, false)),
-        backward_(call_for(loss, true, true)),
-        forward_lanes_(forward_),
-        decode_lanes_(decode_),
-        backward_lanes_(backward_) {}
-
-  BoxSums sum(int64_t chunk) {
-    BoxSums sums;
-    if (!collect(chunk)) return sums;
-    LaneValues<F> values{};
-    values.target = target_;
-    values.loss = losses_;
-    values.position = distances_;
-    forward_lanes_.run(place_, values);
-    for (int i = 0; i < count_; i += kWidth) {
-      store(overlap_ + i, with_kind([&](auto kind) {
-              return paired_iou<decltype(kind)::value>(predicted(i), wanted(i));
-            }));
-    }
-    for (int i = 0; i < count_; ++i) {
-      F dfl = 0;
-      for (int s = 0; s < kSides; ++s) dfl += losses_[s * count_ + i];
-      sums.iou += weight_[i] * (1 - overlap_[i]);
-      sums.dfl += weight_[i] * (dfl / kSides);
-    }
-    sums.anchors = count_;
-    return sums;
-  }
-
-  void write_gradient(int64_t chunk, const BoxGradients& upstream) {
-    if (!collect(chunk)) return;
-    LaneValues<F> values{};
-    values.position = distances_;
-    decode_lanes_.run(place_, values);
-    alignas(64) F by_side[kSides][kAnchors + kWidth];
-    const F to_iou = static_cast<F>(-upstream.iou), to_dfl = static_cast<F>(upstream.dfl) / kSides;
-    for (int i = 0; i < count_; i += kWidth) {
-      const Box<V> g = with_kind([&](auto kind) {
-        return paired_iou_gradient<decltype(kind)::value>(predicted(i), wanted(i));
-      });
-      const V scale = load<V>(weight_ + i) * to_iou;
-      store(by_side[0] + i, -(scale * g.x1));
-      store(by_side[1] + i, -(scale * g.y1));
-      store(by_side[2] + i, scale * g.x2);
-      store(by_side[3] + i, scale * g.y2);
-    }
-    alignas(64) F grad_loss[kMaxLanes] = {}, grad_position[kMaxLanes] = {};
-    for (int s = 0; s < kSides; ++s) {
-      for (int i = 0; i < count_; ++i) {
-        grad_position[s * count_ + i] = by_side[s][i];
-        grad_loss[s * count_ + i] = weight_[i] * to_dfl;
-      }
-    }
-    values = {};
-    values.target = target_;
-    values.grad_loss = grad_loss;
-    values.grad_position = grad_position;
-    backward_lanes_.run(place_, values);
-  }
-
- private:
-  static Call call_for(const BoxLoss& loss, bool with_loss, bool backward) {
-    Call call = loss.call;
-    call.loss = with_loss;
-    call.position = true;
-    call.backward = backward;
-    return call;
-  }
-
-  template <class Function>
-  auto with_kind(Function function) const {
-    switch (loss_.iou) {
-      case Iou::kIou:
-        return function(std::integral_constant<Iou, Iou::kIou>());
-      case Iou::kGiou:
-        return function(std::integral_constant<Iou, Iou::kGiou>());
-      case Iou::kDiou:
-        return function(std::integral_constant<Iou, Iou::kDiou>());
-      default:
-        return function(std::integral_constant<Iou, Iou::kCiou>());
-    }
-  }
-
-  // Reads the chunk's anchors; whether there are any.
-  bool collect(int64_t chunk) {
-    const int64_t begin = chunk * loss_.chunk;
-    const int64_t end = std::min<int64_t>(begin + loss_.chunk, loss_.candidates.size());
-    const F* boxes = static_cast<const F*>(loss_.target_boxes);
-    const F* points = static_cast<const F*>(loss_.points);
-    int64_t logits[kAnchors], gradient[kAnchors];
-    count_ = 0;
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t index = loss_.candidates[c];
-      const int64_t image = index / loss_.anchors, anchor = index % loss_.anchors;
-      const F weight = weight_of<F>(loss_.weight, image, anchor);
-      if (weight == 0) continue;
-      const int i = count_++;
-      weight_[i] = weight;
-      x_[i] = points[2 * anchor];
-      y_[i] = points[2 * anchor + 1];
-      for (int s = 0; s < kSides; ++s) box_[s][i] = boxes[kSides * index + s];
-      logits[i] = image * loss_.logits.batch + anchor * loss_.logits.anchor;
-      gradient[i] = image * loss_.gradient.batch + anchor * loss_.gradient.anchor;
-    }
-    if (count_ == 0) return false;
-    place_.lanes = kSides * count_;
-    for (int s = 0; s < kSides; ++s) {
-      const F* point = s % 2 ? y_ : x_;
-      for (int i = 0; i < count_; ++i) {
-        const int lane = s * count_ + i;
-        place_.logits[lane] = logits[i] + s * loss_.logits.side;
-        place_.gradient[lane] = gradient[i] + s * loss_.gradient.side;
-        target_[lane] = s < 2 ? point[i] - box_[s][i] : box_[s][i] - point[i];
-      }
-    }
-    pad(place_.logits, place_.lanes);
-    std::fill(target_ + place_.lanes, target_ + padded_lanes(place_.lanes), F(0));
-    return true;
-  }
-
-  Box<V> wanted(int i) const {
-    return {load<V>(box_[0] + i), load<V>(box_[1] + i), load<V>(box_[2] + i),
-            load<V>(box_[3] + i)};
-  }
-  Box<V> predicted(int i) const {
-    const V x = load<V>(x_ + i), y = load<V>(y_ + i);
-    const F* d = distances_ + i;
-    return {x - load<V>(d), y - load<V>(d + count_), x + load<V>(d + 2 * count_),
-            y + load<V>(d + 3 * count_)};
-  }
-
-  const BoxLoss& loss_;
-  const Call forward_, decode_, backward_;
-  LaneRunner<T> forward_lanes_, decode_lanes_, backward_lanes_;
-  int count_;
-  Place place_;
-  // Vectors may reach beyond the last anchor, into values that are not used.
-  alignas(64) F weight_[kAnchors + kWidth] = {}, x_[kAnchors + kWidth] = {},
-                y_[kAnchors + kWidth] = {}, overlap_[kAnchors + kWidth],
-                box_[kSides][kAnchors + kWidth] = {}, distances_[kMaxLanes + kWidth] = {},
-                losses_[kMaxLanes], target_[kMaxLanes];
-};
 
 // Calls function with the storage type of the logits as an argument's type.
 template <class Function>
@@ -226,20 +42,22 @@ void with_storage(Storage storage, Function function) {
 // The anchors of one image whose mask is set; most masks are mostly empty.
 void list_set(const bool* mask, int64_t stride, int64_t anchors, int64_t first,
               std::vector<int64_t>& found) {
+  constexpr int kEight = 8;
   int64_t a = 0;
-  while (a < anchors) {
-    uint64_t eight = 0;
-    if (stride == 1 && a + 8 <= anchors) {
-      std::memcpy(&eight, mask + a, sizeof(eight));
-      if (eight == 0) {
-        a += 8;
-        continue;
+  const bool bytes = stride == 1 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+  for (; bytes && a + 4 * kEight <= anchors; a += 4 * kEight) {
+    uint64_t eights[4];
+    std::memcpy(eights, mask + a, sizeof(eights));
+    if ((eights[0] | eights[1] | eights[2] | eights[3]) == 0) continue;
+    for (int e = 0; e < 4; ++e) {
+      // A bool is a byte of 0 or 1, and the first of eight the lowest.
+      for (uint64_t left = eights[e]; left != 0; left &= left - 1) {
+        found.push_back(first + a + e * kEight + __builtin_ctzll(left) / 8);
       }
     }
-    const int64_t end = std::min(a + 8, anchors);
-    for (; a < end; ++a) {
-      if (mask[a * stride]) found.push_back(first + a);
-    }
+  }
+  for (; a < anchors; ++a) {
+    if (mask[a * stride]) found.push_back(first + a);
   }
 }
 

@@ -28,6 +28,16 @@ struct Values {
   bool mean;
 };
 
+// Turns the positions, which are distances, into boxes; see box_decode.h. One per anchor, in the
+// type of the arithmetic: `points` holds x and y, `stride` is null without one.
+struct BoxDecode {
+  const void* points;
+  const void* stride;
+  bool xywh;
+  int64_t anchors;  // in an image
+  bool sides_last;  // the outputs are (batch, anchors, kSides), else (batch, kSides, anchors)
+};
+
 struct Call {
   Storage storage;
   bool backward, loss, position;
@@ -44,6 +54,8 @@ struct Call {
   int bins;
   int64_t bin_stride, gradient_bin_stride;
 
+  const BoxDecode* boxes;  // or null: positions stay what they are
+
   int axes;
   Axis axis[kMaxAxes];  // outermost first
   bool columns;         // the last axis has stride 1 in the logits, and a block is a part of it
@@ -55,6 +67,10 @@ struct Call {
 // Sets the layout and how the distributions are cut into blocks, from storage, bins, strides and
 // axes (in the order of the outputs).
 void plan(Call& call);
+
+// Whether run() does what call.boxes asks for. That takes all sides of an anchor in one block, or
+// one side of neighbouring anchors, which says nothing of their centres.
+bool gives_boxes(const Call& call);
 
 // Computes blocks begin to end of plan()'s lines * blocks_per_line.
 void run(const Call& call, int64_t begin, int64_t end);

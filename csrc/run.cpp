@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "box_decode.h"
 #include "lanes.h"
 
 namespace dflkern {
@@ -117,7 +118,8 @@ class Runner {
   using F = Compute<T>;
 
  public:
-  explicit Runner(const Call& call) : call_(call), lanes_(call) {}
+  explicit Runner(const Call& call)
+      : call_(call), lanes_(call), gives_boxes_(gives_boxes(call)) {}
 
   void run(int64_t block) {
     Place place;
@@ -139,6 +141,7 @@ class Runner {
       values.loss = in_place(call_.loss_out, call_.mean, place, first_);
       values.position = in_place(call_.position_out, false, place, second_);
       lanes_.run(place, values);
+      if (gives_boxes_) to_boxes_of_block(call_, place.output, place.lanes, values.position);
       scatter(values.loss, call_.loss_out, call_.mean, place);
       scatter(values.position, call_.position_out, false, place);
     }
@@ -147,6 +150,7 @@ class Runner {
  private:
   const Call& call_;
   LaneRunner<T> lanes_;
+  const bool gives_boxes_;
   alignas(64) F target_[kMaxLanes], first_[kMaxLanes], second_[kMaxLanes];
 };
 
@@ -191,6 +195,13 @@ void plan(Call& call) {
   const int64_t line = call.columns ? call.axis[call.axes - 1].size : call.count;
   call.lines = line ? call.count / line : 0;
   call.blocks_per_line = (line + call.lanes - 1) / call.lanes;
+}
+
+bool gives_boxes(const Call& call) {
+  if (call.boxes == nullptr) return false;
+  if (!call.columns) return call.boxes->sides_last;
+  const Axis& line = call.axis[call.axes - 1];
+  return !call.boxes->xywh && line.output == 1 && line.size == call.boxes->anchors;
 }
 
 void run(const Call& call, int64_t begin, int64_t end) {
