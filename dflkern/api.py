@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import arguments, backends, eager, eager_boxes, implementations, reductions, reference
 from .checks import Project, check_choice, check_reduction, check_weight
-from .problem import compute_dtype, describe_tensor
+from .problem import Problem, compute_dtype, describe_tensor
 
 
 def dfl_loss(
@@ -248,12 +248,15 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """
     check_choice("explain", "op", op, tuple(arguments.NAMES))
     bound = dict(zip(arguments.NAMES[op], getattr(arguments, op)(*args, **kwargs), strict=True))
-    problem = describe_tensor(
-        bound["logits"],
-        bound["dim"],
-        margin=bound.get("margin", 0.0),
-        project=bound["project"] is not None or bound["positions"] is not None,
-    )
+    project = bound["project"] is not None or bound["positions"] is not None
+    if op in implementations.BOX_TENSORS:
+        settings = [bound[name] for name in ("margin", "iou", "box_format") if name in bound]
+        problem: Problem = implementations.box_problem(
+            op, bound, bound["dim"], settings, project=project
+        )
+    else:
+        margin = bound.get("margin", 0.0)
+        problem = describe_tensor(bound["logits"], bound["dim"], margin=margin, project=project)
     return backends.report(op, problem, backends.requested())
 
 

@@ -103,7 +103,7 @@ def why_not(backend: str, op: str, problem: Problem) -> list[str]:
     reasons = unavailable(backend)
     if reasons:
         return reasons
-    if op not in DISTRIBUTION_OPS and backend != "cpu":
+    if op not in DISTRIBUTION_OPS and backend == "cuda":
         return [f"it has no kernel for {op} yet"]
     if backend == "cpu" and problem.device.type != "cpu":
         return [f"the logits are on {problem.device}"]
@@ -212,12 +212,11 @@ def _second(backend: str) -> str:
 def _plans(op: str, problem: Problem, backend: str) -> list[str]:
     if backend not in ("triton", "cuda") or not problem.count:
         return []
-    from .kernels import plan
+    from .kernels import plan, steps
 
     lines = []
     for direction, name in (("forward", op), ("backward", f"{op}_backward")):
-        launch = plan(name, problem, backend)
-        lines.append(
-            f"    {direction}: {launch.kernel}, grid {launch.grid}, block {launch.block[0]}"
-        )
+        launches = [plan(step, problem, backend) for step in steps(name)]
+        words = [f"{one.kernel}, grid {one.grid}, block {one.block[0]}" for one in launches]
+        lines.append(f"    {direction}: {', then '.join(words)}")
     return lines

@@ -22,10 +22,10 @@ class Strides(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """Of box_loss: weights (B, A) with classes = 0, or class scores (B, A, classes)."""
+    """Of box_loss: weights (B, A), with None for classes, or class scores (B, A, classes)."""
 
     dtype: torch.dtype
-    classes: int
+    classes: int | None
     batch: int
     anchor: int
     score: int  # the stride of the classes
@@ -68,7 +68,7 @@ def describe_boxes(
     """The BoxProblem of checked arguments: logits and class scores, and facts of the others."""
     scores = None
     if weight is not None:
-        classes, score = (weight.shape[2], weight.stride(2)) if weight.ndim == 3 else (0, 0)
+        classes, score = (weight.shape[2], weight.stride(2)) if weight.ndim == 3 else (None, 0)
         scores = Weight(weight.dtype, classes, weight.stride(0), weight.stride(1), score)
     return _describe(
         tuple(logits.shape), logits.stride(), logits.dtype, logits.device, dim,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, native, reference
+from .box_problem import BoxProblem, describe_boxes
 from .checks import IOU_KINDS
 from .problem import compute_dtype, describe_tensor
 
@@ -113,6 +114,38 @@ def distributions(
         return result.contiguous()
 
 
+_LOSS = ("logits", "anchor_points", "target_boxes", "weight", "normalizer", "foreground")
+# What stands before the project in the operators' schemas
+BOX_TENSORS = {
+    "decode_boxes": ("logits", "anchor_points", "stride"),
+    "decode_boxes_backward": ("grad_boxes", "logits", "stride"),
+    "box_loss": _LOSS,
+    "box_loss_backward": ("grad_iou", "grad_dfl", *_LOSS),
+}
+
+
+def box_problem(
+    op: str,
+    tensors: Mapping[str, Tensor | None],
+    dim: int,
+    settings: Sequence[Any],
+    *,
+    project: bool,
+) -> BoxProblem:
+    """The BoxProblem of an operator's tensors by role and its settings."""
+    logits = tensors["logits"]
+    assert logits is not None
+    if op.startswith("decode_boxes"):
+        stride = tensors["stride"] is not None
+        return describe_boxes(logits, dim, project=project, stride=stride, box_format=settings[0])
+    margin, iou = settings
+    foreground = tensors["foreground"] is not None
+    return describe_boxes(
+        logits, dim, project=project, margin=margin, iou=iou, foreground=foreground,
+        weight=tensors["weight"],
+    )  # fmt: skip
+
+
 def boxes(
     op: str,
     tensors: Sequence[Tensor | None],
@@ -141,7 +174,13 @@ def boxes(
             if serves_cpu(logits, backend):
                 operator = getattr(torch.ops.dflkern, f"_cpu_{op}")
                 return operator(*tensors, w, dim, *_coded(settings))
-            backends.choose(op, describe_tensor(logits, dim, project=w is not None), backend)
+            named = dict(zip(BOX_TENSORS[op], tensors, strict=True))
+            problem = box_problem(op, named, dim, settings, project=w is not None)
+            chosen = backends.choose(op, problem, backend).backend
+            if chosen != "reference":
+                from .kernels import box_launch
+
+                return box_launch.run(op, problem, chosen, {**named, "project": w})
         result = getattr(reference, op)(*tensors, w, dim, *settings)
         backward = op.endswith("_backward")
         return like_logits(result, logits) if backward and backend is not None else result

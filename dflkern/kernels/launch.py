@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..box_problem import BoxProblem
 from ..problem import Problem
+from .box_plans import too_many
 from .plans import LaunchPlan, plan, too_long
 
 
@@ -24,6 +26,8 @@ def why_not(problem: Problem) -> list[str]:
         )
     elif device not in ("cpu", "cuda"):
         reasons.append(f'there is no Triton for the device type "{device}"')
+    if isinstance(problem, BoxProblem):
+        return reasons + too_many(problem)
     return reasons + too_long(problem)
 
 
@@ -63,9 +67,9 @@ def run(
     backward = op.endswith("_backward")
     if problem.copied:
         logits = logits.contiguous()
-    tensors = {"logits": logits, **{role: _packed(value) for role, value in small.items()}}
+    tensors = {"logits": logits, **{role: packed(value) for role, value in small.items()}}
     if project is not None:
-        tensors["project"] = _packed(project)
+        tensors["project"] = packed(project)
     if backward:
         results = [torch.empty_like(logits)]
         tensors["grad_logits"] = results[0]
@@ -79,7 +83,7 @@ def run(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _packed(value: Tensor) -> Tensor:
+def packed(value: Tensor) -> Tensor:
     """Contiguous and 16-byte aligned, as plans assume of everything but the logits."""
     value = value.contiguous()
     return value if value.data_ptr() % 16 == 0 else value.clone()
@@ -118,7 +122,7 @@ def _launch_triton(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
         for argument in launch_plan.arguments
     }
     arguments |= dict(launch_plan.constants)
-    device = tensors["logits"].device
+    device = next(iter(tensors.values())).device
     if device.type == "cpu":
         kernel[launch_plan.grid](**arguments)
         return

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..box_problem import BoxProblem
 from ..problem import Axis, Problem
 
 ELEMENT = {
@@ -78,7 +79,8 @@ def plan(op: str, problem: Problem, backend: str) -> LaunchPlan:
 
     Args:
         op: an operator's name, with "_backward" for its gradient: "dfl_loss", "dfl_decode",
-            "dfl_loss_and_decode", "dfl_loss_backward", …
+            "dfl_loss_and_decode", "dfl_loss_backward", …; for a BoxProblem "decode_boxes",
+            "box_loss", their gradients, or "box_loss_sums", the second launch of "box_loss".
         problem: with at least one distribution.
         backend: "triton" or "cuda".
 
@@ -94,6 +96,14 @@ def plan(op: str, problem: Problem, backend: str) -> LaunchPlan:
         )
     if not problem.count:
         raise ValueError("plan: the problem has no distributions, so nothing is launched.")
+    if isinstance(problem, BoxProblem):
+        if backend == "cuda":
+            from .cuda_box_plans import plan_cuda_boxes
+
+            return plan_cuda_boxes(op, problem)
+        from .box_plans import plan_triton_boxes
+
+        return plan_triton_boxes(op, problem)
     if backend == "cuda":
         from .cuda_plans import plan_cuda
 
@@ -149,28 +159,29 @@ def _structure(
         whole = bins % granule == 0
         if whole and not backward and bins <= UNROLLED_BINS:
             constants = {"CHUNK": granule, "BLOCK": 128}
-            return "rows_chunk_forward_kernel", constants, (_blocks(n, 128), 1, 1), 4
+            return "rows_chunk_forward_kernel", constants, (blocks(n, 128), 1, 1), 4
         power_of_two = bins & (bins - 1) == 0
         if bins > LAZY_BINS or (whole and power_of_two):
             width = 1 << (bins - 1).bit_length()
             block = min(128, 2048 // width)
             constants = {"BLOCK": block, "BLOCK_K": width}
-            return f"rows_tile_{direction}_kernel", constants, (_blocks(n, block), 1, 1), 4
+            return f"rows_tile_{direction}_kernel", constants, (blocks(n, block), 1, 1), 4
     if problem.packed and problem.aligned and bins <= LAZY_BINS:
         if not backward and bins > LAZY_WIDE_BINS:
             granule = min(granule, 4)
         warps = 4 if n >= MANY else 1
         block = 32 * warps
-        grid = (_blocks(n // granule, block) + (n % granule > 0), 1, 1)
+        grid = (blocks(n // granule, block) + (n % granule > 0), 1, 1)
         constants = {"PROJECT": problem.project, "C": granule, "BLOCK": block}
         return f"rows_lazy_{direction}_kernel", constants, grid, warps
     axis, middle, outer = grid_axes(problem)
     constants = {"PROJECT": problem.project, "UNROLL": bins <= UNROLLED_BINS, "BLOCK": 128}
-    grid = (_blocks(axis.size, 128), middle.size, outer.size)
+    grid = (blocks(axis.size, 128), middle.size, outer.size)
     return f"columns_{direction}_kernel", constants, grid, 4
 
 
-def _blocks(n: int, block: int) -> int:
+def blocks(n: int, block: int) -> int:
+    """How many blocks hold n."""
     return -(-n // block)
 
 
