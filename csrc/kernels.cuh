@@ -3,9 +3,11 @@
 //
 //   <structure>_<what>_<direction>_k<bins>_<element>    rows, columns1, columns2
 //   <structure>_<direction>_<element>                   general_rows, general_columns
+//   boxes_<what>_<direction>_k<bins>_<element>          any number of bins for k0
 //
 // `what` is loss, decode or both; "asked" kernels take a project and compute what has a pointer.
-// Each of rows.cu, columns.cu and general.cu is compiled once per DFL_ELEMENT.
+// `what` of boxes is decode, loss or sums. Each of rows.cu, columns.cu, general.cu and boxes.cu is
+// compiled once per DFL_ELEMENT.
 
 #pragma once
 
@@ -52,4 +54,5 @@ struct Entries {
 // X(file, element) for every compilation.
 #define DFL_UNITS(X)                                                                          \
   X(rows, fp16) X(rows, bf16) X(rows, fp32) X(columns, fp16) X(columns, bf16) X(columns, fp32) \
-  X(general, fp16) X(general, bf16) X(general, fp32) X(general, fp64)
+  X(general, fp16) X(general, bf16) X(general, fp32) X(general, fp64)                           \
+  X(boxes, fp16) X(boxes, bf16) X(boxes, fp32) X(boxes, fp64)

@@ -18,11 +18,6 @@ DESCRIPTIONS = {
     "triton": "Triton kernels for GPUs",
     "cuda": "CUDA C++ kernels for NVIDIA GPUs",
 }
-DISTRIBUTION_OPS = frozenset(
-    name + suffix
-    for name in ("dfl_loss", "dfl_decode", "dfl_loss_and_decode")
-    for suffix in ("", "_backward")
-)
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("dflkern_backend", default="auto")
 
@@ -103,15 +98,13 @@ def why_not(backend: str, op: str, problem: Problem) -> list[str]:
     reasons = unavailable(backend)
     if reasons:
         return reasons
-    if op not in DISTRIBUTION_OPS and backend == "cuda":
-        return [f"it has no kernel for {op} yet"]
     if backend == "cpu" and problem.device.type != "cpu":
         return [f"the logits are on {problem.device}"]
     if backend == "cuda":
         from . import cuda_library
-        from .kernels import too_long
+        from .kernels import beyond_grid
 
-        return cuda_library.why_not(problem.device) + too_long(problem)
+        return cuda_library.why_not(problem.device) + beyond_grid(problem)
     if backend == "triton":
         from .kernels import launch
 

@@ -25,6 +25,7 @@ UNITS = tuple(
         "rows": HALVES_AND_SINGLE,
         "columns": HALVES_AND_SINGLE,
         "general": (*HALVES_AND_SINGLE, "fp64"),
+        "boxes": (*HALVES_AND_SINGLE, "fp64"),
     }.items()
     for element in elements
 )
@@ -87,7 +88,7 @@ def unit_key(nvcc: str) -> str:
 def _sources_digest() -> hashlib._Hash:
     digest = hashlib.sha256()
     for path in sorted(sources().iterdir()):
-        if path.suffix in (".cu", ".cuh") or path.name == "dfl_math.h":
+        if path.suffix in (".cu", ".cuh") or path.name in ("dfl_math.h", "iou.h"):
             digest.update(path.name.encode() + path.read_bytes())
     return digest
 

@@ -146,8 +146,8 @@ def run_case(case):
             found.append(f"{role}: {buffer.written_twice} elements written twice")
         if not np.array_equal(buffer.bytes, again[role].bytes):
             found.append(f"{role}: other bits when blocks run in another order")
-    results = {role: _tensor(buffers[role], empty) for role, empty in outputs.items()}
-    written = {role: _mask(buffers[role], empty) for role, empty in outputs.items()}
+    results = {role: tensor_of(buffers[role], empty) for role, empty in outputs.items()}
+    written = {role: mask_of(buffers[role], empty) for role, empty in outputs.items()}
     found += differences(case.op, results, written, inputs, dim)
     distributions = int(next(iter(written.values())).sum())
     if "grad_logits" in outputs:
@@ -244,7 +244,8 @@ def buffer_of(tensor, name, defined, ahead):
     storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())[offset:]
     mask = np.zeros(len(storage), bool)
     mask[_places(tensor)] = defined
-    bits = storage.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = storage.view(integers[tensor.itemsize])
     skip = offset * tensor.itemsize
     return Buffer(bits.numpy(), mask, skip=skip, at=ahead, name=name)
 
@@ -255,12 +256,14 @@ def _places(tensor):
     return torch.arange(last + 1).as_strided(tensor.shape, tensor.stride()).numpy()
 
 
-def _tensor(buffer, like):
+def tensor_of(buffer, like):
+    """What a buffer holds, in the dtype and shape of a tensor."""
     values = torch.from_numpy(buffer.array()).view(like.dtype)
     return values[torch.from_numpy(_places(like))]
 
 
-def _mask(buffer, like):
+def mask_of(buffer, like):
+    """Which elements of such a tensor a buffer defines."""
     held = buffer.defined[buffer.first : buffer.end].reshape(-1, like.itemsize).all(1)
     return torch.from_numpy(held)[torch.from_numpy(_places(like))]
 
@@ -322,7 +325,7 @@ class Workers:
         )
         able = {backend: compiles(backend) is None for backend in {case.backend for case in cases}}
         self.futures = {
-            case: self.pool.submit(run_case, case)
+            case: self.pool.submit(_run, case)
             for case in dict.fromkeys(cases)
             if able[case.backend]
         }
@@ -336,6 +339,14 @@ class Workers:
     def close(self):
         """End the processes, whatever is still to do."""
         self.pool.shutdown(cancel_futures=True)
+
+
+def _run(case):
+    if isinstance(case, Case):
+        return run_case(case)
+    from box_emulation import run_box_case
+
+    return run_box_case(case)
 
 
 def _prepare():

@@ -14,6 +14,7 @@ import torch
 import dflkern
 from dflkern import backends, compiler, cuda_compiler, cuda_library
 from dflkern.__main__ import main
+from dflkern.box_problem import describe_boxes
 from dflkern.kernels import launch, plan, prefers_triton
 from dflkern.kernels.cuda_plans import SHARED_LIMIT
 from dflkern.kernels.nvcc import compile_plan, unit_of
@@ -49,15 +50,33 @@ def every_plan():
             yield plan(op, problem, "cuda")
 
 
+def every_box_plan():
+    for bins, dtype, kind, dim in itertools.product(
+        (2, 8, 16, 17, 33, 256), DTYPES, DTYPES, (2, 3)
+    ):
+        shape = (2, 4, bins, 9) if dim == 2 else (2, 9, 4, bins)
+        logits = torch.empty(shape, dtype=dtype, device="meta")
+        weight = torch.empty(2, 9, 3, dtype=kind, device="meta")
+        for facts in ({}, {"project": True, "stride": True, "box_format": "xywh"}):
+            for op in ("decode_boxes", "decode_boxes_backward"):
+                yield plan(op, describe_boxes(logits, dim, **facts), "cuda")
+        for facts in ({}, {"project": True, "foreground": True, "iou": "giou", "margin": 0.1}):
+            problem = describe_boxes(logits, dim, weight=weight, **facts)
+            for op in ("box_loss", "box_loss_sums", "box_loss_backward"):
+                yield plan(op, problem, "cuda")
+
+
 def test_plans_name_kernels_of_the_sources():
     """The table of csrc/kernels.cuh, expanded by the preprocessor."""
     ask = [
-        '#include "kernels.cuh"',
+        '#include "box_entries.cuh"',
         "#define BOTH(s, w, k) DFL_NAME(s, w, forward, k); DFL_NAME(s, w, backward, k);",
         "@rows DFL_EACH(BOTH, rows)",
         "@columns DFL_EACH(BOTH, columns1) DFL_EACH_PAIR(BOTH)",
         "@general DFL_GENERAL_NAME(rows, forward); DFL_GENERAL_NAME(rows, backward);",
         "DFL_GENERAL_NAME(columns, forward); DFL_GENERAL_NAME(columns, backward);",
+        "#define BOXES(k) BOTH(boxes, decode, k) BOTH(boxes, loss, k)",
+        "@boxes DFL_EACH_BOX_BINS(BOXES) DFL_NAME(boxes, sums, forward, 0);",
     ]  # fmt: skip
     names = set()
     for element in ("fp16", "bf16", "fp32", "fp64"):
@@ -71,8 +90,8 @@ def test_plans_name_kernels_of_the_sources():
         for part in expanded.partition("@")[2].split("@"):
             if (part.split()[0], element) in cuda_compiler.UNITS:
                 names |= set(re.findall(r"(\w+);", part))
-    assert len(names) == 3 * 2 * (3 * 4 * 4 - 1) + 4 * 4
-    plans = list(every_plan())
+    assert len(names) == 3 * 2 * (3 * 4 * 4 - 1) + 4 * 4 + 4 * 5 + 3 * 4 * 4
+    plans = [*every_plan(), *every_box_plan()]
     assert {made.kernel for made in plans} <= names
     assert {unit_of(name) for name in names} == set(cuda_compiler.UNITS)
     unused = names - {made.kernel for made in plans}
@@ -287,10 +306,10 @@ def test_the_library_knows_every_plan():
     if not cuda_library.load():
         pytest.skip(f"no CUDA library: {cuda_library.describe()}")
     tensor = torch.zeros(4)
-    roles = ("logits", "target", "project", "loss", "position", "grad_loss", "grad_position")
-    tensors = dict.fromkeys((*roles, "grad_logits"), tensor)
-    kernels = {made.kernel: made for made in every_plan()}
+    kernels = {made.kernel: made for made in (*every_plan(), *every_box_plan())}
     for made in kernels.values():
+        roles = [argument.value for argument in made.arguments]
+        tensors = dict.fromkeys((role for role in roles if isinstance(role, str)), tensor)
         with pytest.raises(RuntimeError, match="take tensors of one CUDA device"):
             launch.launch(made, tensors)
     with pytest.raises(RuntimeError, match="has no kernel nonsense; it was built from other"):

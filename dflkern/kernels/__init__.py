@@ -5,6 +5,6 @@ Importing this package imports no Triton; launching does.
 
 from .box_plans import steps
 from .cuda_plans import prefers_triton
-from .plans import Argument, LaunchPlan, plan, too_long
+from .plans import Argument, LaunchPlan, beyond_grid, plan
 
-__all__ = ["Argument", "LaunchPlan", "plan", "prefers_triton", "steps", "too_long"]
+__all__ = ["Argument", "LaunchPlan", "beyond_grid", "plan", "prefers_triton", "steps"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..box_problem import BoxProblem
-from .plans import ELEMENT, GRID_LIMIT, UNROLLED_BINS, Argument, LaunchPlan, blocks
+from .plans import ELEMENT, UNROLLED_BINS, Argument, LaunchPlan, blocks
 
 BLOCK = 128  # anchors of a program
 SUMS_BLOCK = 1024
@@ -59,17 +59,10 @@ def box_grid(problem: BoxProblem, block: int) -> tuple[int, int, int]:
     return blocks(problem.anchors, block), problem.batch, 1
 
 
-def too_many(problem: BoxProblem) -> list[str]:
-    """Why a problem does not fit a GPU's grid; empty if it does."""
-    if problem.batch <= GRID_LIMIT:
-        return []
-    return [f"there are more than {GRID_LIMIT} images, the limit of a GPU's grid"]
-
-
 def _constants(op: str, problem: BoxProblem) -> dict[str, Any]:
     bins, granule = problem.num_bins, 16 // problem.dtype.itemsize
     unroll = bins <= UNROLLED_BINS
-    chunk = granule if unroll and _whole_granules(op, problem, granule) else 1
+    chunk = granule if unroll and whole_granules(op, problem) else 1
     constants: dict[str, Any] = {"K": bins, "PROJECT": problem.project}
     if op.startswith("decode_boxes"):
         constants |= {"STRIDE": problem.stride, "XYWH": problem.box_format == "xywh"}
@@ -84,8 +77,9 @@ def _constants(op: str, problem: BoxProblem) -> dict[str, Any]:
     return {**constants, "UNROLL": unroll, "CHUNK": chunk, "BLOCK": BLOCK}
 
 
-def _whole_granules(op: str, problem: BoxProblem, granule: int) -> bool:
+def whole_granules(op: str, problem: BoxProblem) -> bool:
     """Whether every distribution, and its gradient in backward, is whole 16-byte granules."""
+    granule = 16 // problem.dtype.itemsize
     places = [problem.logits]
     if op.endswith("_backward"):
         places.append(problem.gradient)

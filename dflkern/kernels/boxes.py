@@ -1,7 +1,7 @@
 """Boxes: a lane owns an anchor, whose four sides it takes one after the other.
 
-The grid is (blocks of anchors, images); offsets are int64. box_loss needs two launches: each program
-writes its sums, and one program adds them up in a fixed order.
+The grid is (blocks of anchors, images); offsets are int64. box_loss needs two launches: each
+program writes its sums, and one program adds them up in a fixed order.
 """
 
 import triton
@@ -158,12 +158,13 @@ def boxes_loss_forward_kernel(
         weight_batch_stride, weight_anchor_stride, weight_class_stride, zero, FOREGROUND, SCORES,
     )  # fmt: skip
     active = weight != 0
-    count = tl.sum(active.to(tl.int32), 0)
+    count = tl.sum(tl.where(active, zero + 1, zero), 0)
     iou_sum = tl.sum(zero, 0)
     dfl_sum = iou_sum
     if count > 0:
         x, y, box = _box_at(anchor_points_ptr, target_boxes_ptr, anchor, n, active)
-        logits_ptr += tl.program_id(1).to(tl.int64) * batch_stride + anchor * anchor_stride
+        image = tl.program_id(1).to(tl.int64)
+        side_ptr = logits_ptr + image * batch_stride + anchor * anchor_stride
         dfl = zero
         position = ()
         for side in tl.static_range(4):
@@ -171,10 +172,10 @@ def boxes_loss_forward_kernel(
                 _target_of(side, x, y, box), project_ptr, K, MARGIN, PROJECT
             )
             loss, distance = forward_at(
-                logits_ptr, bin_stride, active, t, left, right_weight, project_ptr,
+                side_ptr, bin_stride, active, t, left, right_weight, project_ptr,
                 K, True, True, PROJECT, UNROLL, CHUNK,
             )  # fmt: skip
-            logits_ptr += side_stride
+            side_ptr += side_stride
             dfl += loss
             position += (distance,)
         iou = paired_iou(
@@ -186,7 +187,7 @@ def boxes_loss_forward_kernel(
     partials_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(partials_ptr, iou_sum)
     tl.store(partials_ptr + programs, dfl_sum)
-    tl.store(partials_ptr + 2 * programs, count.to(iou_sum.dtype))
+    tl.store(partials_ptr + 2 * programs, count)
 
 
 @triton.jit
@@ -232,10 +233,10 @@ def boxes_loss_backward_kernel(
     )  # fmt: skip
     active = weight != 0
     grad_logits_ptr += image * batch_grad_stride + anchor * anchor_grad_stride
-    if tl.sum(active.to(tl.int32), 0) > 0:
+    if tl.sum(tl.where(active, zero + 1, zero), 0) > 0:
         x, y, box = _box_at(anchor_points_ptr, target_boxes_ptr, anchor, n, active)
-        logits_ptr += image * batch_stride + anchor * anchor_stride
-        side_ptr = logits_ptr
+        first_ptr = logits_ptr + image * batch_stride + anchor * anchor_stride
+        side_ptr = first_ptr
         position = ()
         for _ in tl.static_range(4):
             _, distance = forward_at(
@@ -251,6 +252,8 @@ def boxes_loss_backward_kernel(
         scale = weight / tl.load(normalizer_ptr)
         to_iou = -tl.load(grad_iou_ptr) * scale
         to_dfl = tl.load(grad_dfl_ptr) * scale * 0.25
+        side_ptr = first_ptr
+        grad_ptr = grad_logits_ptr
         for side in tl.static_range(4):
             t, left, right_weight = place_target(
                 _target_of(side, x, y, box), project_ptr, K, MARGIN, PROJECT
@@ -260,13 +263,14 @@ def boxes_loss_backward_kernel(
             else:
                 to_position = to_iou * by_edge[side]
             backward_at(
-                logits_ptr, bin_stride, grad_logits_ptr, grad_bin_stride, active, live,
+                side_ptr, bin_stride, grad_ptr, grad_bin_stride, active, live,
                 t, left, right_weight, to_dfl, to_position, project_ptr,
                 K, True, True, PROJECT, UNROLL, CHUNK,
             )  # fmt: skip
-            logits_ptr += side_stride
-            grad_logits_ptr += side_grad_stride
+            side_ptr += side_stride
+            grad_ptr += side_grad_stride
     else:
+        grad_ptr = grad_logits_ptr
         for _ in tl.static_range(4):
-            write_zeros_at(grad_logits_ptr, grad_bin_stride, live, K, UNROLL, CHUNK)
-            grad_logits_ptr += side_grad_stride
+            write_zeros_at(grad_ptr, grad_bin_stride, live, K, UNROLL, CHUNK)
+            grad_ptr += side_grad_stride

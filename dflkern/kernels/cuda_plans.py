@@ -9,6 +9,7 @@ general_columns   any number of bins, any strides
 
 from __future__ import annotations
 
+from ..box_problem import BoxProblem
 from ..problem import Problem
 from .plans import (
     ELEMENT,
@@ -80,6 +81,8 @@ def prefers_triton(problem: Problem) -> bool:
     A general kernel keeps its distribution in shared memory. Triton compiles one for the number of
     bins, in registers, if there are few, and reads rows at full width only if they are aligned.
     """
+    if isinstance(problem, BoxProblem):
+        return problem.num_bins not in FIXED_BINS and problem.num_bins <= UNROLLED_BINS
     name = structure(problem)
     if name == "general_rows":
         aligned_rows = problem.packed and problem.aligned

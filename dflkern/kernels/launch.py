@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..box_problem import BoxProblem
 from ..problem import Problem
-from .box_plans import too_many
-from .plans import LaunchPlan, plan, too_long
+from .plans import LaunchPlan, beyond_grid, plan
 
 
 def why_not(problem: Problem) -> list[str]:
@@ -26,9 +24,7 @@ def why_not(problem: Problem) -> list[str]:
         )
     elif device not in ("cpu", "cuda"):
         reasons.append(f'there is no Triton for the device type "{device}"')
-    if isinstance(problem, BoxProblem):
-        return reasons + too_many(problem)
-    return reasons + too_long(problem)
+    return reasons + beyond_grid(problem)
 
 
 def interpreted() -> bool:

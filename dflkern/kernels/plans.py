@@ -199,8 +199,12 @@ def grid_axes(problem: Problem) -> tuple[Axis, Axis, Axis]:
     return axes[0], axes[1], axes[2]
 
 
-def too_long(problem: Problem) -> list[str]:
+def beyond_grid(problem: Problem) -> list[str]:
     """Why a problem does not fit a GPU's grid; empty if it does."""
+    if isinstance(problem, BoxProblem):
+        if problem.batch <= GRID_LIMIT:
+            return []
+        return [f"there are more than {GRID_LIMIT} images, the limit of a GPU's grid"]
     _, middle, outer = grid_axes(problem)
     if max(middle.size, outer.size) <= GRID_LIMIT:
         return []

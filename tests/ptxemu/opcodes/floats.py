@@ -18,6 +18,7 @@ BINARY = {
     "min": np.fmin,  # the number, where one operand is NaN
     "max": np.fmax,
     "div": np.divide,
+    "copysign": lambda sign, size: np.copysign(size, sign),
 }
 UNARY = {
     "neg": np.negative,
@@ -25,12 +26,14 @@ UNARY = {
     "ex2": np.exp2,
     "lg2": np.log2,
     "rcp": np.reciprocal,
+    "sqrt": np.sqrt,
 }
 
 
 @opcode("add sub mul", "f32 f64", "rn ftz sat")
 @opcode("min max", "f32 f64", "ftz NaN")
 @opcode("div", "f32 f64", "rn full approx ftz")
+@opcode("copysign", "f32 f64", "")
 def binary(machine, instruction, mask):
     """From sm_100 on, the minimum and the maximum also take three operands."""
     function = BINARY[instruction.name]
@@ -46,7 +49,7 @@ def fma(machine, instruction, mask):
 
 @opcode("neg abs", "f32 f64", "ftz")
 @opcode("ex2 lg2", "f32", "approx ftz")
-@opcode("rcp", "f32 f64", "rn approx ftz")
+@opcode("rcp sqrt", "f32 f64", "rn approx ftz")
 def unary(machine, instruction, mask):
     function = UNARY[instruction.name]
     if instruction.name in ("ex2", "lg2"):
