@@ -127,7 +127,8 @@ __device__ __forceinline__ void write_side(const T* logits, const SideStrides& a
           for (int i = 0; i < G::kLanes; ++i) {
             granule.element[i] = narrow<T>(values[g * G::kLanes + i]);
           }
-          reinterpret_cast<uint4*>(gradient)[g] = granule.all;
+          // An intrinsic, as the compiler makes two stores of an assignment
+          __stwb(reinterpret_cast<uint4*>(gradient) + g, granule.all);
         }
         return;
       }

@@ -46,6 +46,11 @@ class BoxCase:
     special: bool = False
     blocks: int | None = None
 
+    @property
+    def classes(self):
+        """Numbers that make a weight."""
+        return WEIGHTS[self.weight] or 1
+
     def __str__(self):
         words = [self.backend, f"sm_{self.arch}", self.op, self.dtype, f"K{self.bins}"]
         words += [self.layout, f"{self.batch}x{self.anchors}"]

@@ -73,10 +73,17 @@ def kernels(request, monkeypatch):
         yield used
 
 
+@pytest.fixture(params=KERNELS[2:])
+def gpu_kernels(request, monkeypatch):
+    """Run a test on the backends for GPUs."""
+    with _use(monkeypatch, *request.param) as used:
+        yield used
+
+
 @pytest.fixture
 def device(request):
     """The device of the test's backend."""
-    for name in ("backend", "kernels"):
+    for name in ("backend", "kernels", "gpu_kernels"):
         if name in request.fixturenames:
             return torch.device(request.getfixturevalue(name)[1])
     return torch.device("cpu")

@@ -6,6 +6,7 @@ from emulation import NAMES, Case, variants
 from ptxemu import model
 
 COUNT = 1 << 20
+SECTOR = 32
 GPU_OF = {80: "A100", 90: "H100"}
 BACKENDS = ("triton", "cuda")
 BOTH = ("dfl_loss_and_decode", "dfl_loss_and_decode_backward")
@@ -86,3 +87,25 @@ def least_traffic(case):
     if case.op.endswith("_backward"):
         return 2 * logits + target + 4 * asked
     return logits + target + 4 * asked
+
+
+def measure_boxes(case, outcome):
+    """Modelled time and worst share, as multiples of DRAM's time, of a BoxCase."""
+    counts, code = outcome.counts, outcome.facts
+    gpu = GPU_OF[case.arch]
+    shares = model.shares(counts, () if code.loops else code.path, gpu)
+    return model.time_over_dram(counts, gpu), max(shares.values())
+
+
+def least_box_traffic(case, anchors, active):
+    """Bytes that one launch must move: of all anchors, and of those in the foreground."""
+    size = NAMES[case.dtype].itemsize
+    logits = 4 * case.bins * size
+    if case.op == "decode_boxes":
+        return anchors * (logits + 4 * (2 + case.stride) + 16)
+    if case.op == "decode_boxes_backward":
+        return anchors * (2 * logits + 4 * case.stride + 16)
+    # A lone anchor of a column moves a sector for each of its bins
+    read = logits if case.layout == "rows" else 4 * case.bins * SECTOR
+    inputs = anchors + active * (read + 4 * (2 + 4 + case.classes))
+    return inputs + (anchors * logits if case.op.endswith("_backward") else 0)

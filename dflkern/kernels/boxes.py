@@ -88,7 +88,7 @@ def boxes_decode_backward_kernel(
         t = upstream * 0
         backward_at(
             logits_ptr, bin_stride, grad_logits_ptr, grad_bin_stride, live, live,
-            t, t, t, t, upstream, project_ptr, K, False, True, PROJECT, UNROLL, CHUNK,
+            t, t, t, t, upstream, project_ptr, K, False, True, PROJECT, UNROLL, CHUNK, False,
         )  # fmt: skip
         logits_ptr += side_stride
         grad_logits_ptr += side_grad_stride
@@ -119,26 +119,25 @@ def _weight(
 @triton.jit
 def _box_at(anchor_points_ptr, target_boxes_ptr, anchor, n, active):
     """Anchor point and target box."""
-    place = (tl.program_id(1).to(tl.int64) * n + anchor) * 4
+    box_ptr = target_boxes_ptr + (tl.program_id(1).to(tl.int64) * n + anchor) * 4
     x = tl.load(anchor_points_ptr + 2 * anchor, mask=active, other=0.0)
     y = tl.load(anchor_points_ptr + 2 * anchor + 1, mask=active, other=0.0)
-    box = ()
-    for side in tl.static_range(4):
-        box += (tl.load(target_boxes_ptr + place + side, mask=active, other=0.0),)
-    return x, y, box
+    x1 = tl.load(box_ptr, mask=active, other=0.0)
+    y1 = tl.load(box_ptr + 1, mask=active, other=0.0)
+    x2 = tl.load(box_ptr + 2, mask=active, other=0.0)
+    y2 = tl.load(box_ptr + 3, mask=active, other=0.0)
+    return x, y, x1, y1, x2, y2
 
 
 @triton.jit
-def _target_of(side: tl.constexpr, x, y, box):
+def _of_side(side, left, top, right, bottom):
+    return tl.where(side < 2, tl.where(side == 0, left, top), tl.where(side == 2, right, bottom))
+
+
+@triton.jit
+def _target_of(side, x, y, x1, y1, x2, y2):
     """The wanted distance of a side."""
-    if side % 2 == 0:
-        point = x
-    else:
-        point = y
-    if side < 2:
-        return point - box[side]
-    else:
-        return box[side] - point
+    return _of_side(side, x - x1, y - y1, x2 - x, y2 - y)
 
 
 @triton.jit
@@ -162,26 +161,29 @@ def boxes_loss_forward_kernel(
     iou_sum = tl.sum(zero, 0)
     dfl_sum = iou_sum
     if count > 0:
-        x, y, box = _box_at(anchor_points_ptr, target_boxes_ptr, anchor, n, active)
+        x, y, x1, y1, x2, y2 = _box_at(anchor_points_ptr, target_boxes_ptr, anchor, n, active)
         image = tl.program_id(1).to(tl.int64)
         side_ptr = logits_ptr + image * batch_stride + anchor * anchor_stride
         dfl = zero
-        position = ()
-        for side in tl.static_range(4):
-            t, left, right_weight = place_target(
-                _target_of(side, x, y, box), project_ptr, K, MARGIN, PROJECT
+        left = zero
+        top = zero
+        right = zero
+        bottom = zero
+        for side in tl.range(4, num_stages=1):
+            t, bin_left, right_weight = place_target(
+                _target_of(side, x, y, x1, y1, x2, y2), project_ptr, K, MARGIN, PROJECT
             )
             loss, distance = forward_at(
-                side_ptr, bin_stride, active, t, left, right_weight, project_ptr,
+                side_ptr, bin_stride, active, t, bin_left, right_weight, project_ptr,
                 K, True, True, PROJECT, UNROLL, CHUNK,
             )  # fmt: skip
             side_ptr += side_stride
             dfl += loss
-            position += (distance,)
-        iou = paired_iou(
-            x - position[0], y - position[1], x + position[2], y + position[3],
-            box[0], box[1], box[2], box[3], KIND,
-        )  # fmt: skip
+            left = tl.where(side == 0, distance, left)
+            top = tl.where(side == 1, distance, top)
+            right = tl.where(side == 2, distance, right)
+            bottom = tl.where(side == 3, distance, bottom)
+        iou = paired_iou(x - left, y - top, x + right, y + bottom, x1, y1, x2, y2, KIND)
         iou_sum = tl.sum(tl.where(active, weight * (1.0 - iou), 0.0), 0)
         dfl_sum = tl.sum(tl.where(active, weight * (dfl * 0.25), 0.0), 0)
     partials_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -234,38 +236,40 @@ def boxes_loss_backward_kernel(
     active = weight != 0
     grad_logits_ptr += image * batch_grad_stride + anchor * anchor_grad_stride
     if tl.sum(tl.where(active, zero + 1, zero), 0) > 0:
-        x, y, box = _box_at(anchor_points_ptr, target_boxes_ptr, anchor, n, active)
+        x, y, x1, y1, x2, y2 = _box_at(anchor_points_ptr, target_boxes_ptr, anchor, n, active)
         first_ptr = logits_ptr + image * batch_stride + anchor * anchor_stride
         side_ptr = first_ptr
-        position = ()
-        for _ in tl.static_range(4):
+        left = zero
+        top = zero
+        right = zero
+        bottom = zero
+        for side in tl.range(4, num_stages=1):
             _, distance = forward_at(
                 side_ptr, bin_stride, active, zero, zero, zero, project_ptr,
                 K, False, True, PROJECT, UNROLL, CHUNK,
             )  # fmt: skip
             side_ptr += side_stride
-            position += (distance,)
-        by_edge = paired_iou_gradient(
-            x - position[0], y - position[1], x + position[2], y + position[3],
-            box[0], box[1], box[2], box[3], KIND,
-        )  # fmt: skip
+            left = tl.where(side == 0, distance, left)
+            top = tl.where(side == 1, distance, top)
+            right = tl.where(side == 2, distance, right)
+            bottom = tl.where(side == 3, distance, bottom)
+        by_x1, by_y1, by_x2, by_y2 = paired_iou_gradient(
+            x - left, y - top, x + right, y + bottom, x1, y1, x2, y2, KIND
+        )
         scale = weight / tl.load(normalizer_ptr)
         to_iou = -tl.load(grad_iou_ptr) * scale
         to_dfl = tl.load(grad_dfl_ptr) * scale * 0.25
         side_ptr = first_ptr
         grad_ptr = grad_logits_ptr
-        for side in tl.static_range(4):
-            t, left, right_weight = place_target(
-                _target_of(side, x, y, box), project_ptr, K, MARGIN, PROJECT
+        for side in tl.range(4, num_stages=1):
+            t, bin_left, right_weight = place_target(
+                _target_of(side, x, y, x1, y1, x2, y2), project_ptr, K, MARGIN, PROJECT
             )
-            if side < 2:
-                to_position = -to_iou * by_edge[side]
-            else:
-                to_position = to_iou * by_edge[side]
+            to_position = to_iou * _of_side(side, -by_x1, -by_y1, by_x2, by_y2)
             backward_at(
                 side_ptr, bin_stride, grad_ptr, grad_bin_stride, active, live,
-                t, left, right_weight, to_dfl, to_position, project_ptr,
-                K, True, True, PROJECT, UNROLL, CHUNK,
+                t, bin_left, right_weight, to_dfl, to_position, project_ptr,
+                K, True, True, PROJECT, UNROLL, CHUNK, True,
             )  # fmt: skip
             side_ptr += side_stride
             grad_ptr += side_grad_stride

@@ -85,16 +85,19 @@ def backward_at(
     logits_ptr, bin_stride, grad_logits_ptr, grad_bin_stride, mask, stored,
     t, left, right_weight, grad_loss, grad_position, project_ptr,
     K: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr, PROJECT: tl.constexpr,
-    UNROLL: tl.constexpr, CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr, CHUNK: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of the distributions under the mask, and 0 for others that are stored."""
+    """Store the gradients of the distributions under the mask.
+
+    With ZEROS more of them may be stored, which get 0; else `stored` is the mask.
+    """
     if UNROLL:
         z = _read(logits_ptr, bin_stride, mask, K, CHUNK)
         gradient = backward(
             z, t, left, right_weight, grad_loss, grad_position, project_ptr,
             K, LOSS, POSITION, PROJECT,
         )  # fmt: skip
-        _write(grad_logits_ptr, grad_bin_stride, gradient, mask, stored, K, CHUNK)
+        _write(grad_logits_ptr, grad_bin_stride, gradient, mask, stored, K, CHUNK, ZEROS)
     else:
         m = _maximum(logits_ptr, bin_stride, mask, K)
         s = tl.zeros_like(m)
@@ -113,26 +116,35 @@ def backward_at(
             distance = position_of(k, project_ptr, PROJECT) - expected
             y = weight_of(k, t, left, right_weight, PROJECT)
             g = bin_gradient(e, a, b, distance, y, grad_loss, LOSS, POSITION)
-            tl.store(grad_logits_ptr, tl.where(mask, g, 0.0), mask=stored)
+            tl.store(grad_logits_ptr, _kept(g, mask, ZEROS), mask=stored)
             grad_logits_ptr += grad_bin_stride
 
 
 @triton.jit
+def _kept(gradient, mask, ZEROS: tl.constexpr):
+    if ZEROS:
+        return tl.where(mask, gradient, 0.0)
+    else:
+        return gradient
+
+
+@triton.jit
 def _write(
-    grad_logits_ptr, grad_bin_stride, gradient, mask, stored, K: tl.constexpr, CHUNK: tl.constexpr
+    grad_logits_ptr, grad_bin_stride, gradient, mask, stored,
+    K: tl.constexpr, CHUNK: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     if CHUNK > 1:
         within = tl.arange(0, CHUNK)[None, :]
         for c in tl.static_range(K // CHUNK):
             chunk = ()
             for i in tl.static_range(CHUNK):
-                g = tl.where(mask, gradient[c * CHUNK + i], 0.0)
+                g = _kept(gradient[c * CHUNK + i], mask, ZEROS)
                 chunk += (g.to(grad_logits_ptr.dtype.element_ty),)
             chunk_ptr = grad_logits_ptr[:, None] + (within + c * CHUNK)
             tl.store(chunk_ptr, put(chunk, CHUNK), mask=stored[:, None])
     else:
         for k in tl.static_range(K):
-            tl.store(grad_logits_ptr, tl.where(mask, gradient[k], 0.0), mask=stored)
+            tl.store(grad_logits_ptr, _kept(gradient[k], mask, ZEROS), mask=stored)
             grad_logits_ptr += grad_bin_stride
 
 

@@ -1,0 +1,143 @@
+"""decode_boxes and box_loss of the GPU backends, Triton interpreted here, against the reference."""
+
+import pytest
+import torch
+
+import dflkern
+from support import positions_for
+
+BATCH, ANCHORS = 2, 21
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def logits_of(layout, bins, dtype, device):
+    """Logits, and the axis of their bins."""
+    if layout == "rows":
+        return (torch.randn(BATCH, ANCHORS, 4, bins) * 2).to(device, dtype), 3
+    head = (torch.randn(BATCH, 4 * bins + 3, ANCHORS + 2) * 2).to(device, dtype)
+    boxes = head[:, 1 : 1 + 4 * bins].view(BATCH, 4, bins, ANCHORS + 2)
+    return boxes[..., :ANCHORS], 2
+
+
+def check(function, logits, *args, **kwargs):
+    """Results and gradient of the chosen backend and of the reference agree."""
+    found = []
+    for name in (dflkern.backends.requested(), "reference"):
+        leaf = logits.detach().requires_grad_()
+        with dflkern.use_backend(name):
+            results = function(leaf, *args, **kwargs)
+        results = results if isinstance(results, tuple) else (results,)
+        torch.manual_seed(5)
+        upstream = [torch.randn_like(result) for result in results]
+        gradient = torch.autograd.grad(results, leaf, upstream)[0]
+        assert gradient.stride() == torch.empty_like(logits).stride()
+        found.append((*(result.detach() for result in results), gradient))
+    for actual, expected in zip(*found, strict=True):
+        assert actual.dtype == expected.dtype
+        scale = float(expected.double().nan_to_num().abs().max())
+        close = TOLERANCE[logits.dtype] * max(scale, 1e-3)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=close, equal_nan=True)
+    return found[0]
+
+
+def step_of(bins, device):
+    points = torch.rand(ANCHORS, 2) * 20
+    spread = torch.rand(2, BATCH, ANCHORS, 2) * bins
+    boxes = torch.cat((points - spread[0], points + spread[1]), -1)
+    foreground = torch.rand(BATCH, ANCHORS) < 0.4
+    return points.to(device), boxes.to(device), foreground.to(device)
+
+
+@pytest.mark.parametrize(
+    ("layout", "bins", "dtype", "box_format", "project"),
+    [
+        ("rows", 16, torch.float32, "xyxy", False),
+        ("rows", 16, torch.float16, "xywh", False),
+        ("rows", 17, torch.bfloat16, "xyxy", True),
+        ("columns", 16, torch.float32, "xywh", True),
+        ("columns", 70, torch.float64, "xyxy", False),
+    ],
+)
+def test_decode_boxes(gpu_kernels, device, poisoned, layout, bins, dtype, box_format, project):
+    logits, dim = logits_of(layout, bins, dtype, device)
+    points, _, _ = step_of(bins, device)
+    stride = (torch.rand(ANCHORS, 1) * 8 + 1).to(device)
+    positions = positions_for(bins) if project else None
+    for given in (None, stride):
+        check(dflkern.decode_boxes, logits, points, given, dim=dim, project=positions,
+              box_format=box_format)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "bins", "dtype", "iou", "project"),
+    [
+        ("rows", 16, torch.float32, "ciou", False),
+        ("rows", 16, torch.float16, "giou", False),
+        ("rows", 17, torch.bfloat16, "iou", True),
+        ("columns", 16, torch.float32, "diou", True),
+        ("columns", 70, torch.float64, "ciou", False),
+    ],
+)
+def test_box_loss(gpu_kernels, device, poisoned, layout, bins, dtype, iou, project):
+    """Weights and class scores; whatever stands off the foreground; all anchors."""
+    logits, dim = logits_of(layout, bins, dtype, device)
+    points, boxes, foreground = step_of(bins, device)
+    positions = positions_for(bins) if project else None
+    scores = torch.rand(BATCH, ANCHORS, 3).to(device)
+    scores[:, ::3] = 0
+    options = {"dim": dim, "project": positions, "iou": iou}
+    check(dflkern.box_loss, logits, points, boxes, scores[..., 0].double(), 3.7, **options)
+    (logits if dim == 3 else logits.permute(0, 3, 1, 2))[~foreground] = torch.nan
+    boxes[~foreground] = torch.inf
+    *_, gradient = check(
+        dflkern.box_loss, logits, points, boxes, scores.half().mT.contiguous().mT,
+        torch.tensor(3.7, device=device), foreground=foreground, **options,
+    )  # fmt: skip
+    of_anchors = gradient if dim == 3 else gradient.permute(0, 3, 1, 2)
+    assert (of_anchors[~foreground | (scores.sum(-1) == 0)] == 0).all()
+
+
+@pytest.mark.parametrize("normalizer", [0.0, float("nan")])
+def test_nothing_in_the_foreground(gpu_kernels, device, normalizer):
+    logits, _ = logits_of("rows", 16, torch.float32, device)
+    points, boxes, foreground = step_of(16, device)
+    weight = torch.ones(BATCH, ANCHORS, device=device)
+    for given, mask in ((weight, torch.zeros_like(foreground)), (weight[..., None][..., :0], None)):
+        leaf = logits.detach().requires_grad_()
+        losses = dflkern.box_loss(leaf, points, boxes, given, normalizer, foreground=mask)
+        assert [loss.item() for loss in losses] == [0, 0]
+        sum(losses).backward()
+        assert (leaf.grad == 0).all()
+
+
+def test_nan_in_the_foreground_is_not_hidden(gpu_kernels, device):
+    logits, _ = logits_of("rows", 16, torch.float32, device)
+    points, boxes, _ = step_of(16, device)
+    logits[1, 2, 3, 4] = torch.nan
+    weight = torch.ones(BATCH, ANCHORS, device=device)
+    losses = dflkern.box_loss(logits, points, boxes, weight, 1.0)
+    assert all(loss.isnan() for loss in losses)
+    boxes[0, 0, 1] = torch.nan
+    losses = dflkern.box_loss(torch.zeros_like(logits), points, boxes, weight, 1.0)
+    assert all(loss.isnan() for loss in losses)
+
+
+def test_no_anchors(gpu_kernels, device):
+    leaf = torch.randn(2, 0, 4, 16, device=device, requires_grad=True)
+    points, boxes = torch.empty(0, 2, device=device), torch.empty(2, 0, 4, device=device)
+    assert dflkern.decode_boxes(leaf, points).shape == (2, 0, 4)
+    losses = dflkern.box_loss(leaf, points, boxes, torch.empty(2, 0, device=device), 1.0)
+    assert [loss.item() for loss in losses] == [0, 0]
+    sum(losses).backward()
+    assert leaf.grad.shape == leaf.shape
+
+
+def test_explain(gpu_kernels, device):
+    """Says what is launched: two kernels for the loss, one for each other way."""
+    logits, _ = logits_of("rows", 16, torch.float32, device)
+    points, boxes, foreground = step_of(16, device)
+    weight = torch.ones(BATCH, ANCHORS, device=device)
+    text = dflkern.explain("box_loss", logits, points, boxes, weight, 1.0, foreground=foreground)
+    assert f"{gpu_kernels[0]}: serves it" in text
+    assert text.count(", then ") == 1
+    assert "decode" in dflkern.explain("decode_boxes", logits, points)
