@@ -25,13 +25,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from ultralytics import YOLO
-from ultralytics.cfg import get_cfg
-from ultralytics.nn.tasks import DetectionModel
 
 from dflkern.adapters.ultralytics import patch
 from dflkern.bench.command import KEPT
 from dflkern.bench.machine import describe
 from dflkern.bench.timing import Effort, Work, measure
+from dflkern.bench.ultralytics_step import criterion_step
 
 RESULT = Path(__file__).resolve().parent / "results" / "ultralytics.json"
 COLOURS = ("red", "green", "blue")
@@ -137,49 +136,16 @@ def train(model: str, data: Path, epochs: int) -> list[list[float]]:
 
 def time_loss(model: str, images: int, size: int, rounds: int) -> dict[str, Any]:
     """Seconds of the criterion and of its DFL part, each forward and backward, for both sides."""
-    criterion, predictions, batch = real_batch(model, images, size)
-    captured: list[tuple[Any, ...]] = []
-    hook = criterion.bbox_loss.register_forward_pre_hook(lambda _, args: captured.append(args))
-    criterion(predictions, batch)
-    hook.remove()
-    pred_dist, _, anchor_points, *targets = captured[0]
-    pred_dist = pred_dist.detach().requires_grad_()
 
-    def whole() -> None:
-        total, _ = criterion(predictions, batch)
-        torch.autograd.grad(total.sum(), (predictions["boxes"], predictions["scores"]))
+    def both(forward: Callable[[Tensor], Tensor], leaf: Tensor) -> dict[str, Any]:
+        def call() -> None:
+            torch.autograd.grad(forward(leaf), leaf)
 
-    def part() -> None:
-        boxes = criterion.bbox_decode(anchor_points, pred_dist)
-        iou_loss, dfl_loss = criterion.bbox_loss(pred_dist, boxes, anchor_points, *targets)
-        torch.autograd.grad(7.5 * iou_loss + 1.5 * dfl_loss, pred_dist)
-
-    def both(call: Callable[[], None]) -> dict[str, Any]:
         works = [Work(UPSTREAM, call), Work(PATCHED, call, context=patch)]
         return measure(works, Effort(rounds, 0), "cpu")
 
-    return {"the loss": both(whole), "its decode, IoU and DFL": both(part)}
-
-
-def real_batch(model: str, images: int, size: int) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
-    """A criterion, the head's output for random images as leaves, and 7 objects for each image."""
-    torch.manual_seed(0)
-    network = DetectionModel(f"{model}.yaml", verbose=False)
-    network.args = get_cfg()
-    with torch.no_grad():
-        predictions = network.train()(torch.rand(images, 3, size, size))
-    predictions = {
-        name: value.requires_grad_() if name != "feats" else value
-        for name, value in predictions.items()
-    }
-    objects = 7 * images
-    centre, extent = torch.rand(objects, 2) * 0.6 + 0.2, torch.rand(objects, 2) * 0.35 + 0.05
-    batch = {
-        "batch_idx": torch.arange(images).repeat_interleave(7).float(),
-        "cls": torch.randint(80, (objects, 1)).float(),
-        "bboxes": torch.cat((centre, extent), -1),
-    }
-    return network.init_criterion(), predictions, batch
+    whole, part = criterion_step(model, images, size)
+    return {"the loss": both(*whole), "its decode, IoU and DFL": both(*part)}
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ CASES = (
     Case("loss", "columns", (16, 64, 4000), "fp32", "bandwidth"),
     Case("loss_and_decode", "rows", (64000, 4, 16), "fp32", "bandwidth"),
 )
-STUDIES = ("calls", "dtypes", "threads")
+STUDIES = ("calls", "dtypes", "threads", "boxes", "ultralytics")
 
 
 def select(pattern: str | None, quick: bool) -> tuple[list[Case], list[str]]:

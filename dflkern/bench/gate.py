@@ -76,7 +76,7 @@ def faults(case: Case, inputs: Inputs, contender: Contender) -> list[str]:
     return [
         f"{contender.label}: {name}: {fault}"
         for name in exact
-        for fault in _budget_faults(actual[name], peer[name], exact[name])
+        for fault in budget_faults(actual[name], peer[name], exact[name])
     ]
 
 
@@ -93,7 +93,7 @@ def peer_faults(actual: Values, exact: Values, dtype: torch.dtype) -> list[str]:
     return found
 
 
-def _budget_faults(actual: Tensor, peer: Tensor, exact: Tensor) -> list[str]:
+def budget_faults(actual: Tensor, peer: Tensor, exact: Tensor) -> list[str]:
     """Why actual's error exceeds that of peer, PyTorch in the same dtype, by more than a term."""
     if actual.shape != exact.shape or actual.dtype != peer.dtype:
         return [f"{tuple(actual.shape)} {actual.dtype}, not {tuple(exact.shape)} {peer.dtype}"]

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .box_steps import TENSOR_BYTES, ULTRALYTICS
 from .cases import BYTE_MODEL, PASSES
 from .contenders import COMPILED, OURS
 from .counts import KERNELS, SAVED
@@ -27,6 +28,7 @@ DEFINITIONS = {
     "half_copy_of_logits": "half the time of copying the logits, over the time",
     "kernels": KERNELS,
     "saved": SAVED,
+    "tensor_bytes": TENSOR_BYTES,
     "ratios": "the peer's time over dflkern's, for equal work: Ultralytics' DFLoss ends in a mean "
     "over the four sides, so it is held against dflkern with that mean",
     "default_allocator": "ratios of a process with glibc's own settings, where large temporaries "
@@ -198,6 +200,9 @@ def _study(name: str, study: dict[str, Any]) -> Iterator[Table]:
                 table.add_row(row["part"], row["is"], f"{row['seconds'] * 1e6:.1f} µs")
             yield table
         return
+    if name in ("boxes", "ultralytics"):
+        yield _steps(name, data)
+        return
     first = "fp32" if name == "dtypes" else "1"
     table = _table(f"{name}, in the same rounds", "case", "pass", name, "time", f"{first} / it")
     for case, found in data.items():
@@ -206,6 +211,31 @@ def _study(name: str, study: dict[str, Any]) -> Iterator[Table]:
             least = time["minimum"]
             table.add_row(case, found["pass"], label, seconds(least), f"{base / least:.2f}")
     yield table
+
+
+def _steps(name: str, data: dict[str, Any]) -> Table:
+    title = {
+        "boxes": "The box path of a step: decode of all anchors, IoU and DFL, backward",
+        "ultralytics": "The loss of an Ultralytics step and its backward: patched against not",
+    }[name]
+    table = _table(title, "step", "side", "time", "spread", "kernels", "tensor bytes", "saved",
+                   "times as fast")  # fmt: skip
+    for step, found in data.items():
+        for label, time in found["times"].items():
+            ours = label == OURS
+            table.add_row(
+                step if ours else "",
+                label,
+                seconds(time["minimum"]),
+                f"{time['spread']:.0%}",
+                str(found["kernels"][label]),
+                size(found["tensor_bytes"][label]),
+                size(found["saved"][label]),
+                _ratio(found.get("ratio")) if ours else "",
+            )
+        for reason in found["refused"]:
+            table.add_row("", f"{ULTRALYTICS}: {reason}")
+    return table
 
 
 def _goals(goals: list[dict[str, Any]]) -> Table:
@@ -220,7 +250,7 @@ def _goals(goals: list[dict[str, Any]]) -> Table:
         table.add_row(
             goal["work"],
             goal["against"],
-            f"{goal['asked']:g}{unit}",
+            f"{'≤ ' * goal.get('at_most', False)}{goal['asked']:g}{unit}",
             "not measured" if goal["measured"] is None else f"{goal['measured']:.2f}{unit}",
             met,
             "" if other is None else f"{other:.1f}{unit}",

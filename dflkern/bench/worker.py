@@ -16,7 +16,7 @@ import torch
 
 from .. import backends
 from ..problem import describe_tensor
-from . import contenders, gate, studies
+from . import box_steps, contenders, gate, studies
 from .cases import DTYPES, PASSES, Case, make_inputs, named
 from .contenders import COMPILED, Contender
 from .counts import count_kernels, saved_bytes
@@ -181,6 +181,8 @@ def _pass(case: Case, direction: str, works: list[Work], request: Request) -> di
 
 
 def _study(name: str, request: Request) -> dict[str, Any]:
+    if name in ("boxes", "ultralytics"):
+        return _step_study(name, request)
     faults = []
     for case in studies.variants(name):
         inputs = make_inputs(case, request.device)
@@ -190,6 +192,19 @@ def _study(name: str, request: Request) -> dict[str, Any]:
         return {"faults": faults}
     data = studies.run(name, request.effort, request.device, request.backend, request.compiled)
     return {"faults": [], "data": data}
+
+
+def _step_study(name: str, request: Request) -> dict[str, Any]:
+    steps = box_steps.BOX_STEPS
+    faults = [
+        fault
+        for step in steps
+        for fault in box_steps.faults(step, box_steps.make_inputs(step, request.device))
+    ]
+    if faults:
+        return {"faults": faults}
+    run = box_steps.run_boxes if name == "boxes" else box_steps.run_ultralytics
+    return {"faults": [], "data": run(request.effort, request.device)}
 
 
 if __name__ == "__main__":
