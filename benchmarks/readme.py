@@ -172,6 +172,33 @@ def cpu(recorded: dict[str, Any]) -> str:
     return "\n\n".join(text)
 
 
+def boxes(recorded: dict[str, Any]) -> str:
+    """Time, kernels and bytes of the box path of a step, and of Ultralytics' own loss."""
+    names = {"boxes": "the box path, {}", "ultralytics": "Ultralytics' step: {}"}
+    rows = []
+    for study, words in names.items():
+        for step, found in recorded["studies"][study]["data"].items():
+            for side, time in found["times"].items():
+                last = f"{found['ratio']:.1f}×" if side == "dflkern" and "ratio" in found else ""
+                kept = found["saved"][side] / 1e6
+                rows.append(
+                    (
+                        words.format(step), side, f"{time['minimum'] * 1e3:.2f} ms",
+                        str(found["kernels"][side]), f"{found['tensor_bytes'][side] / 1e6:.0f} MB",
+                        f"{kept:.1f} MB", last,
+                    )
+                )  # fmt: skip
+    columns = ("step", "side", "time", "kernels", "tensors made", "kept for backward", "ratio")
+    settings = recorded["settings"]
+    return (
+        f"{_table(columns, rows)}\n\n"
+        f"Forward and backward, minima over {settings['rounds']} interleaved rounds in one process "
+        "that keeps freed memory; images × anchors, 100 anchors of the foreground an image, class "
+        "scores passed as they are. Of the last two steps the second is the DFL part of the first. On "
+        f"{_where(recorded['machine'], recorded['versions'])}."
+    )
+
+
 def ultralytics(recorded: dict[str, Any]) -> str:
     """The time of Ultralytics' loss, and some losses of its training, without and with patch()."""
     settings, losses = recorded["settings"], recorded["losses"]
@@ -244,6 +271,7 @@ SECTIONS = {
     "demo": demo,
     "mistakes": mistakes,
     "cpu": cpu,
+    "boxes": boxes,
     "ultralytics": ultralytics,
     "precision": precision,
 }

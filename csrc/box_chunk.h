@@ -157,7 +157,7 @@ class BoxChunk {
   }
 
   int64_t begin_of(int64_t chunk) const {
-    return std::min<int64_t>(chunk * loss_.chunk, loss_.candidates.size());
+    return std::min<int64_t>(chunk * loss_.chunk, loss_.count);
   }
 
   // Asks memory for what a chunk will read, which lies all over it. Inline, since GCC takes a
@@ -171,9 +171,11 @@ class BoxChunk {
     for (int64_t c = begin_of(chunk); c < begin_of(chunk + 1); ++c) {
       const int64_t index = loss_.candidates[c];
       const int64_t image = index / loss_.anchors, anchor = index % loss_.anchors;
-      __builtin_prefetch(static_cast<const F*>(loss_.target_boxes) + kSides * index);
-      fetch_line<false>(weights + size * (image * weight.batch_stride + anchor * weight.anchor_stride),
-                        weight.classes, size * weight.class_stride);
+      if (!loss_.kept) {
+        const int64_t first = image * weight.batch_stride + anchor * weight.anchor_stride;
+        __builtin_prefetch(static_cast<const F*>(loss_.target_boxes) + kSides * index);
+        fetch_line<false>(weights + size * first, weight.classes, size * weight.class_stride);
+      }
       const T* sides = logits + image * loss_.logits.batch + anchor * loss_.logits.anchor;
       T* gradients = static_cast<T*>(loss_.call.gradient) + image * loss_.gradient.batch +
                      anchor * loss_.gradient.anchor;
@@ -208,13 +210,20 @@ class BoxChunk {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t index = loss_.candidates[c];
       const int64_t image = index / loss_.anchors, anchor = index % loss_.anchors;
-      const F weight = weight_of<F>(loss_.weight, image, anchor);
+      const F* kept = loss_.kept ? static_cast<const F*>(loss_.kept) + kKept * c : nullptr;
+      const F weight = kept ? kept[0] : weight_of<F>(loss_.weight, image, anchor);
+      const F* box = kept ? kept + 1 : boxes + kSides * index;
+      if (loss_.keep) {
+        F* keep = static_cast<F*>(loss_.keep) + kKept * c;
+        keep[0] = weight;
+        std::copy(box, box + kSides, keep + 1);
+      }
       if (weight == 0) continue;
       const int i = count_++;
       weight_[i] = weight;
       x_[i] = points[2 * anchor];
       y_[i] = points[2 * anchor + 1];
-      for (int s = 0; s < kSides; ++s) box_[s][i] = boxes[kSides * index + s];
+      for (int s = 0; s < kSides; ++s) box_[s][i] = box[s];
       logits[i] = image * loss_.logits.batch + anchor * loss_.logits.anchor;
       gradient[i] = image * loss_.gradient.batch + anchor * loss_.gradient.anchor;
     }

@@ -108,10 +108,18 @@ void check_loss(Storage storage, int bins, int64_t batch, int64_t anchors, bool 
   loss.foreground_batch_stride = anchors;
   loss.foreground_anchor_stride = 1;
   loss.iou = kKind;
-  find_candidates(loss);
+  const std::vector<int64_t> candidates = find_candidates(loss);
+  set_candidates(loss, candidates.data(), candidates.size());
+  const std::unique_ptr<F[]> kept(new F[kKept * candidates.size()]);
+  loss.keep = kept.get();
   std::vector<BoxSums> sums(loss.chunks);
   sum_box_losses(loss, 0, loss.chunks, sums.data());
   const BoxGradients upstream{0.7, 1.3};
+  loss.keep = nullptr;
+  if (anchors % 2) {  // either way the gradient is the same
+    loss.kept = kept.get();
+    loss.target_boxes = loss.weight.data = nullptr;
+  }
   write_box_gradients(loss, upstream, 0, loss.chunks);
 
   double iou_loss = 0, dfl_loss = 0, worst = 0;

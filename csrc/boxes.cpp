@@ -112,22 +112,28 @@ template void to_distance_gradients<float>(const BoxLayout&, const float*, bool,
 template void to_distance_gradients<double>(const BoxLayout&, const double*, bool, int64_t,
                                             int64_t, const double*, double*);
 
-void find_candidates(BoxLoss& loss) {
-  loss.candidates.clear();
+std::vector<int64_t> find_candidates(const BoxLoss& loss) {
+  std::vector<int64_t> found;
   for (int64_t image = 0; image < loss.batch; ++image) {
     const int64_t first = image * loss.anchors;
     if (loss.foreground) {
       list_set(loss.foreground + image * loss.foreground_batch_stride,
-               loss.foreground_anchor_stride, loss.anchors, first, loss.candidates);
+               loss.foreground_anchor_stride, loss.anchors, first, found);
       continue;
     }
     for (int64_t a = 0; a < loss.anchors; ++a) {
-      if (weight_of<double>(loss.weight, image, a) != 0) loss.candidates.push_back(first + a);
+      if (weight_of<double>(loss.weight, image, a) != 0) found.push_back(first + a);
     }
   }
+  return found;
+}
+
+void set_candidates(BoxLoss& loss, const int64_t* candidates, int64_t count) {
+  loss.candidates = candidates;
+  loss.count = count;
   const int lanes = std::clamp(kColumnsSize / loss.call.bins / kStep * kStep, kStep, kMaxLanes);
   loss.chunk = lanes / kSides;
-  loss.chunks = (static_cast<int64_t>(loss.candidates.size()) + loss.chunk - 1) / loss.chunk;
+  loss.chunks = (count + loss.chunk - 1) / loss.chunk;
 }
 
 void sum_box_losses(const BoxLoss& loss, int64_t begin, int64_t end, BoxSums* sums) {

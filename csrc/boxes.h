@@ -54,13 +54,25 @@ struct BoxLoss {
   int64_t foreground_batch_stride, foreground_anchor_stride;
   Iou iou;
 
-  std::vector<int64_t> candidates;  // anchors, counted over all images, that may have a weight
-  int chunk;                        // anchors that are computed together
+  // What the backward needs of its candidates, kKept numbers of each in the type of the arithmetic:
+  // weight and target box. The forward writes `keep` if that is not null; where `kept` is not null,
+  // it stands for weight, foreground and target_boxes.
+  void* keep;
+  const void* kept;
+
+  const int64_t* candidates;  // anchors, counted over all images, that may have a weight
+  int64_t count;              // of them
+  int chunk;                  // anchors that are computed together
   int64_t chunks;
 };
 
-// Fills in the candidates and the chunks.
-void find_candidates(BoxLoss& loss);
+constexpr int kKept = 1 + kSides;
+
+// The candidates of a loss.
+std::vector<int64_t> find_candidates(const BoxLoss& loss);
+
+// Fills in candidates, which must outlive the loss, and chunks.
+void set_candidates(BoxLoss& loss, const int64_t* candidates, int64_t count);
 
 // Of one chunk, or their total.
 struct BoxSums {

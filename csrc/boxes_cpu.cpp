@@ -1,7 +1,6 @@
 // The CPU operators on boxes: _cpu_<name> computes what the function <name> of dflkern/reference.py
 // does, for logits (B, A, 4, K) with dim = 3 or (B, 4, K, A) with dim = 2, of any strides.
 
-#include <cstring>
 #include <tuple>
 
 #include "boxes.h"
@@ -102,10 +101,11 @@ Tensor decode_boxes_backward(Tensor grad_boxes, Tensor logits, MaybeTensor strid
   return gradient;
 }
 
-// What both directions of the loss are told, and the tensors that own what they read.
-struct BoxLossTensors {
+// What a loss is told, and what owns what it reads.
+struct OwnedBoxLoss {
   Tensor points, target_boxes;
-  BoxLoss loss;
+  std::vector<int64_t> candidates;
+  BoxLoss loss{};
 };
 
 BoxStrides strides_of(const Tensor& tensor, int64_t dim) {
@@ -113,9 +113,8 @@ BoxStrides strides_of(const Tensor& tensor, int64_t dim) {
   return {strides[0], strides[dim == 3 ? 1 : 3], strides[dim - 1]};
 }
 
-void describe_loss(const Tensor& logits, const Tensor& anchor_points, const Tensor& target_boxes,
-                   const Tensor& weight, const MaybeTensor& foreground, MaybeTensor& project,
-                   int64_t dim, double margin, int64_t iou, BoxLossTensors& of) {
+void set_logits(OwnedBoxLoss& of, const Tensor& logits, const Tensor& anchor_points,
+                MaybeTensor& project, int64_t dim, double margin, int64_t iou) {
   const BoxLayout layout = layout_of(logits, dim);
   OutputShape shape;
   BoxLoss& loss = of.loss;
@@ -125,8 +124,16 @@ void describe_loss(const Tensor& logits, const Tensor& anchor_points, const Tens
   loss.anchors = layout.anchors;
   loss.logits = strides_of(logits, dim);
   of.points = numbers("anchor_points", anchor_points, 2 * layout.anchors, loss.call);
-  of.target_boxes = numbers("target_boxes", target_boxes, loss.call.count, loss.call);
   loss.points = of.points.const_data_ptr();
+  STD_TORCH_CHECK(0 <= iou && iou <= static_cast<int64_t>(Iou::kCiou),
+                  "dflkern: there is no IoU of kind ", iou);
+  loss.iou = static_cast<Iou>(iou);
+}
+
+void set_targets(OwnedBoxLoss& of, const Tensor& target_boxes, const Tensor& weight,
+                 const MaybeTensor& foreground) {
+  BoxLoss& loss = of.loss;
+  of.target_boxes = numbers("target_boxes", target_boxes, loss.call.count, loss.call);
   loss.target_boxes = of.target_boxes.const_data_ptr();
   const auto sizes = weight.sizes(), strides = weight.strides();
   const bool scores = sizes.size() == 3;
@@ -135,7 +142,6 @@ void describe_loss(const Tensor& logits, const Tensor& anchor_points, const Tens
                   "dflkern: weight must be (B, A) or (B, A, classes) on the CPU");
   loss.weight = {storage_of("weight", weight), weight.const_data_ptr(), scores ? sizes[2] : 1,
                  strides[0], strides[1], scores ? strides[2] : 0};
-  loss.foreground = nullptr;
   if (foreground) {
     STD_TORCH_CHECK(foreground->is_cpu() && foreground->scalar_type() == ScalarType::Bool &&
                         foreground->numel() == loss.batch * loss.anchors,
@@ -144,32 +150,29 @@ void describe_loss(const Tensor& logits, const Tensor& anchor_points, const Tens
     loss.foreground_batch_stride = foreground->strides()[0];
     loss.foreground_anchor_stride = foreground->strides()[1];
   }
-  STD_TORCH_CHECK(0 <= iou && iou <= static_cast<int64_t>(Iou::kCiou),
-                  "dflkern: there is no IoU of kind ", iou);
-  loss.iou = static_cast<Iou>(iou);
-  find_candidates(loss);
+  of.candidates = find_candidates(loss);
+  set_candidates(loss, of.candidates.data(), of.candidates.size());
 }
 
-std::tuple<Tensor, Tensor> box_loss(Tensor logits, Tensor anchor_points, Tensor target_boxes,
-                                    Tensor weight, Tensor normalizer, MaybeTensor foreground,
-                                    MaybeTensor project, int64_t dim, double margin, int64_t iou) {
-  BoxLossTensors of;
-  describe_loss(logits, anchor_points, target_boxes, weight, foreground, project, dim, margin, iou,
-                of);
-  std::vector<BoxSums> sums(of.loss.chunks);
+int64_t chunks_per_thread(const BoxLoss& loss) {
+  return std::max<int64_t>(1, kBinsPerThread / (loss.call.bins * kMaxLanes));
+}
+
+std::tuple<Tensor, Tensor> sum_losses(const BoxLoss& loss, const Tensor& normalizer) {
+  std::vector<BoxSums> sums(loss.chunks);
   torch::stable::parallel_for(
-      0, of.loss.chunks, std::max<int64_t>(1, kBinsPerThread / (of.loss.call.bins * kMaxLanes)),
-      [&](int64_t begin, int64_t end) { sum_box_losses(of.loss, begin, end, sums.data()); });
+      0, loss.chunks, chunks_per_thread(loss),
+      [&](int64_t begin, int64_t end) { sum_box_losses(loss, begin, end, sums.data()); });
   BoxSums total;
   for (const BoxSums& part : sums) {  // in one order, however many threads there are
     total.iou += part.iou;
     total.dfl += part.dfl;
     total.anchors += part.anchors;
   }
-  Tensor iou_loss = empty(nullptr, nullptr, 0, compute_type(of.loss.call));
-  Tensor dfl_loss = empty(nullptr, nullptr, 0, compute_type(of.loss.call));
-  const double scale = total.anchors ? number("normalizer", normalizer, of.loss.call) : 1;
-  with_compute(of.loss.call, [&](auto zero) {
+  Tensor iou_loss = empty(nullptr, nullptr, 0, compute_type(loss.call));
+  Tensor dfl_loss = empty(nullptr, nullptr, 0, compute_type(loss.call));
+  const double scale = total.anchors ? number("normalizer", normalizer, loss.call) : 1;
+  with_compute(loss.call, [&](auto zero) {
     using F = decltype(zero);
     *static_cast<F*>(iou_loss.mutable_data_ptr()) = static_cast<F>(total.iou / scale);
     *static_cast<F*>(dfl_loss.mutable_data_ptr()) = static_cast<F>(total.dfl / scale);
@@ -177,14 +180,8 @@ std::tuple<Tensor, Tensor> box_loss(Tensor logits, Tensor anchor_points, Tensor 
   return {iou_loss, dfl_loss};
 }
 
-Tensor box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, Tensor anchor_points,
-                         Tensor target_boxes, Tensor weight, Tensor normalizer,
-                         MaybeTensor foreground, MaybeTensor project, int64_t dim, double margin,
-                         int64_t iou) {
-  BoxLossTensors of;
-  describe_loss(logits, anchor_points, target_boxes, weight, foreground, project, dim, margin, iou,
-                of);
-  BoxLoss& loss = of.loss;
+Tensor gradient_of(BoxLoss& loss, const Tensor& grad_iou, const Tensor& grad_dfl,
+                   const Tensor& logits, const Tensor& normalizer, int64_t dim) {
   Tensor gradient = empty_gradient(logits);
   char* bytes = static_cast<char*>(gradient.mutable_data_ptr());
   const int64_t size = gradient.numel() * static_cast<int64_t>(gradient.element_size());
@@ -198,9 +195,61 @@ Tensor box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, Tensor
   const BoxGradients upstream{number("grad_iou", grad_iou, loss.call) / scale,
                               number("grad_dfl", grad_dfl, loss.call) / scale};
   torch::stable::parallel_for(
-      0, loss.chunks, std::max<int64_t>(1, kBinsPerThread / (loss.call.bins * kMaxLanes)),
+      0, loss.chunks, chunks_per_thread(loss),
       [&](int64_t begin, int64_t end) { write_box_gradients(loss, upstream, begin, end); });
   return gradient;
+}
+
+std::tuple<Tensor, Tensor> box_loss(Tensor logits, Tensor anchor_points, Tensor target_boxes,
+                                    Tensor weight, Tensor normalizer, MaybeTensor foreground,
+                                    MaybeTensor project, int64_t dim, double margin, int64_t iou) {
+  OwnedBoxLoss of;
+  set_logits(of, logits, anchor_points, project, dim, margin, iou);
+  set_targets(of, target_boxes, weight, foreground);
+  return sum_losses(of.loss, normalizer);
+}
+
+// Also returns the candidates, and what is kept of them, for the backward below.
+std::tuple<Tensor, Tensor, Tensor, Tensor> box_loss_keep(
+    Tensor logits, Tensor anchor_points, Tensor target_boxes, Tensor weight, Tensor normalizer,
+    MaybeTensor foreground, MaybeTensor project, int64_t dim, double margin, int64_t iou) {
+  OwnedBoxLoss of;
+  set_logits(of, logits, anchor_points, project, dim, margin, iou);
+  set_targets(of, target_boxes, weight, foreground);
+  const int64_t sizes[] = {of.loss.count, kKept}, strides[] = {kKept, 1};
+  Tensor candidates = empty(sizes, strides + 1, 1, ScalarType::Long);
+  Tensor kept = empty(sizes, strides, 2, compute_type(of.loss.call));
+  std::copy(of.candidates.begin(), of.candidates.end(),
+            static_cast<int64_t*>(candidates.mutable_data_ptr()));
+  of.loss.keep = kept.mutable_data_ptr();
+  auto [iou_loss, dfl_loss] = sum_losses(of.loss, normalizer);
+  return {iou_loss, dfl_loss, candidates, kept};
+}
+
+Tensor box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, Tensor anchor_points,
+                         Tensor target_boxes, Tensor weight, Tensor normalizer,
+                         MaybeTensor foreground, MaybeTensor project, int64_t dim, double margin,
+                         int64_t iou) {
+  OwnedBoxLoss of;
+  set_logits(of, logits, anchor_points, project, dim, margin, iou);
+  set_targets(of, target_boxes, weight, foreground);
+  return gradient_of(of.loss, grad_iou, grad_dfl, logits, normalizer, dim);
+}
+
+Tensor box_loss_backward_kept(Tensor grad_iou, Tensor grad_dfl, Tensor logits,
+                              Tensor anchor_points, Tensor candidates, Tensor kept,
+                              Tensor normalizer, MaybeTensor project, int64_t dim, double margin,
+                              int64_t iou) {
+  OwnedBoxLoss of;
+  set_logits(of, logits, anchor_points, project, dim, margin, iou);
+  const int64_t count = candidates.numel();
+  STD_TORCH_CHECK(candidates.scalar_type() == ScalarType::Long && candidates.is_contiguous() &&
+                      kept.scalar_type() == compute_type(of.loss.call) && kept.is_contiguous() &&
+                      kept.numel() == kKept * count,
+                  "dflkern: candidates and what is kept of them must be as box_loss made them");
+  of.loss.kept = kept.const_data_ptr();
+  set_candidates(of.loss, static_cast<const int64_t*>(candidates.const_data_ptr()), count);
+  return gradient_of(of.loss, grad_iou, grad_dfl, logits, normalizer, dim);
 }
 
 }  // namespace
@@ -218,6 +267,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflkern, m) {
       "Tensor normalizer, Tensor? foreground, Tensor? project, int dim, float margin, int iou) "
       "-> (Tensor, Tensor)");
   m.def(
+      "_cpu_box_loss_keep(Tensor logits, Tensor anchor_points, Tensor target_boxes, "
+      "Tensor weight, Tensor normalizer, Tensor? foreground, Tensor? project, int dim, "
+      "float margin, int iou) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_cpu_box_loss_backward_kept(Tensor grad_iou, Tensor grad_dfl, Tensor logits, "
+      "Tensor anchor_points, Tensor candidates, Tensor kept, Tensor normalizer, "
+      "Tensor? project, int dim, float margin, int iou) -> Tensor");
+  m.def(
       "_cpu_box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, "
       "Tensor anchor_points, Tensor target_boxes, Tensor weight, Tensor normalizer, "
       "Tensor? foreground, Tensor? project, int dim, float margin, int iou) -> Tensor");
@@ -227,5 +284,7 @@ STABLE_TORCH_LIBRARY_IMPL(dflkern, CPU, m) {
   m.impl("_cpu_decode_boxes", TORCH_BOX(&dflkern::decode_boxes));
   m.impl("_cpu_decode_boxes_backward", TORCH_BOX(&dflkern::decode_boxes_backward));
   m.impl("_cpu_box_loss", TORCH_BOX(&dflkern::box_loss));
+  m.impl("_cpu_box_loss_keep", TORCH_BOX(&dflkern::box_loss_keep));
   m.impl("_cpu_box_loss_backward", TORCH_BOX(&dflkern::box_loss_backward));
+  m.impl("_cpu_box_loss_backward_kept", TORCH_BOX(&dflkern::box_loss_backward_kept));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,25 +76,45 @@ class _DecodeBoxes(torch.autograd.Function):
 
 
 class _BoxLoss(torch.autograd.Function):
-    """box_loss."""
+    """box_loss, of whose targets it keeps those of the foreground alone."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        """Save all tensors, and run."""
-        *tensors, dim, margin, kind = arguments
-        ctx.save_for_backward(*tensors)
+        """Run, and save the logits and a few numbers of each anchor in the foreground."""
+        logits, points, _, _, normalizer, _, w, dim, margin, kind = arguments
+        iou_loss, dfl_loss, *kept = operator_of("box_loss_keep")(*arguments)
+        ctx.save_for_backward(logits, points, *kept, normalizer, w)
         ctx.rest = dim, margin, kind
-        return operator_of("box_loss")(*arguments)
+        return iou_loss, dfl_loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """The gradient of the logits."""
-        tensors = ctx.saved_tensors
+        *tensors, w = ctx.saved_tensors
         dim, margin, kind = ctx.rest
         if torch.is_grad_enabled():
-            gradient = ops.box_loss_backward(
-                *grads, *tensors, None, dim, margin, IOU_KINDS[kind], None
-            )
+            gradient = _differentiable(grads, tensors, w, dim, margin, kind)
         else:
-            gradient = operator_of("box_loss_backward")(*grads, *tensors, dim, margin, kind)
+            backward = operator_of("box_loss_backward_kept")
+            gradient = backward(*grads, *tensors, w, dim, margin, kind)
         return gradient, *(None,) * 9
+
+
+def _differentiable(
+    grads: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    w: Tensor | None,
+    dim: int,
+    margin: float,
+    kind: int,
+) -> Any:
+    """The gradient as an expression, with the targets spread over all anchors again."""
+    logits, points, candidates, kept, normalizer = tensors
+    batch, anchors = logits.shape[0], len(points)
+    spread = kept.new_zeros(batch * anchors, kept.shape[1])
+    weight, *box = spread.index_copy(0, candidates, kept).view(batch, anchors, -1).unbind(-1)
+    foreground = weight != 0
+    return ops.box_loss_backward(
+        *grads, logits, points, torch.stack(box, -1), weight, normalizer, foreground, w, None, dim,
+        margin, IOU_KINDS[kind], None,
+    )  # fmt: skip

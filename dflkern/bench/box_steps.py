@@ -94,7 +94,7 @@ def make_inputs(step: BoxStep, device: str) -> BoxInputs:
 
 
 def ours(step: BoxStep, of: BoxInputs) -> Forward:
-    """Dflkern's two calls."""
+    """The two calls of dflkern."""
     normalizer, anchors = of.normalizer, len(of.anchor_points)
 
     def forward(leaf: Tensor) -> Tensor:
@@ -142,10 +142,10 @@ def _exact(step: BoxStep, of: BoxInputs, dtype: torch.dtype) -> gate.Values:
         if step.layout == "columns":
             leaf = leaf.permute(0, 2, 1)
         logits = leaf.unflatten(-1, (4, BINS))
-        wide = (tensor.to(dtype) for tensor in (of.anchor_points, of.target_boxes, of.scores))
         losses = reference.box_loss(
-            logits, *wide, of.normalizer.to(dtype), of.foreground, None, 3, MARGIN, "ciou"
-        )
+            logits, of.anchor_points, of.target_boxes, of.scores, of.normalizer, of.foreground,
+            None, 3, MARGIN, "ciou",
+        )  # fmt: skip
         return losses[0] * GAINS[0] + losses[1] * GAINS[1]
 
     return gate.evaluate(definition, of.leaf.to(dtype))

@@ -250,7 +250,7 @@ def _goals(goals: list[dict[str, Any]]) -> Table:
         table.add_row(
             goal["work"],
             goal["against"],
-            f"{'≤ ' * goal.get('at_most', False)}{goal['asked']:g}{unit}",
+            f"{'≤ ' if goal.get('at_most') else ''}{goal['asked']:g}{unit}",
             "not measured" if goal["measured"] is None else f"{goal['measured']:.2f}{unit}",
             met,
             "" if other is None else f"{other:.1f}{unit}",

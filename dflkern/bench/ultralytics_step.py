@@ -53,7 +53,7 @@ def real_batch(
     from ultralytics.nn.tasks import DetectionModel
 
     torch.manual_seed(0)
-    network = DetectionModel(f"{model}.yaml", verbose=False)
+    network: Any = DetectionModel(f"{model}.yaml", verbose=False)
     network.args = get_cfg()
     with torch.no_grad():
         predictions = network.to(device).train()(torch.rand(images, 3, size, size, device=device))
