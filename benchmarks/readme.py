@@ -194,7 +194,7 @@ def boxes(recorded: dict[str, Any]) -> str:
         f"{_table(columns, rows)}\n\n"
         f"Forward and backward, minima over {settings['rounds']} interleaved rounds in one process "
         "that keeps freed memory; images × anchors, 100 anchors of the foreground an image, class "
-        "scores passed as they are. Of the last two steps the second is the DFL part of the first. On "
+        "scores passed as they are. The last step is the DFL part of the one before it. On "
         f"{_where(recorded['machine'], recorded['versions'])}."
     )
 
