@@ -79,8 +79,9 @@ class BoxChunk {
 
   BoxSums sum(int64_t chunk) {
     BoxSums sums;
-    fetch<false>(chunk + 1);
-    if (!collect(chunk)) return sums;
+    const int64_t begin = begin_of(chunk), end = begin_of(chunk + 1);
+    fetch<false>(end, begin_of(chunk + 2));
+    if (!collect(begin, end)) return sums;
     LaneValues<F> values{};
     values.target = target_;
     values.loss = losses_;
@@ -101,9 +102,14 @@ class BoxChunk {
     return sums;
   }
 
-  void write_gradient(int64_t chunk, const BoxGradients& upstream) {
-    fetch<true>(chunk + 1);
-    if (!collect(chunk)) return;
+  // Writes the gradients of candidates begin to end, which are a chunk at most, when
+  // before(anchors, count) was called with those of them that have one.
+  template <class Before>
+  void write_gradient(int64_t begin, int64_t end, const BoxGradients& upstream, Before before) {
+    fetch<true>(end, std::min(end + loss_.chunk, loss_.count));
+    const bool any = collect(begin, end);
+    before(indices_, count_);
+    if (!any) return;
     LaneValues<F> values{};
     values.position = distances_;
     decode_lanes_.run(place_, values);
@@ -160,15 +166,15 @@ class BoxChunk {
     return std::min<int64_t>(chunk * loss_.chunk, loss_.count);
   }
 
-  // Asks memory for what a chunk will read, which lies all over it. Inline, since GCC takes a
+  // Asks memory for what these candidates need, which lies all over it. Inline, since GCC takes a
   // function that only prefetches for one without effect, and leaves its calls out.
   template <bool kBackward>
-  DFL_INLINE void fetch(int64_t chunk) const {
+  DFL_INLINE void fetch(int64_t begin, int64_t end) const {
     const T* logits = static_cast<const T*>(loss_.call.logits);
     const Weights& weight = loss_.weight;
     const char* weights = static_cast<const char*>(weight.data);
     const int64_t size = size_of(weight.storage);
-    for (int64_t c = begin_of(chunk); c < begin_of(chunk + 1); ++c) {
+    for (int64_t c = begin; c < end; ++c) {
       const int64_t index = loss_.candidates[c];
       const int64_t image = index / loss_.anchors, anchor = index % loss_.anchors;
       if (!loss_.kept) {
@@ -200,9 +206,8 @@ class BoxChunk {
     if (count) __builtin_prefetch(from + (count - 1) * step, kWrite);
   }
 
-  // Reads the chunk's anchors; whether there are any.
-  bool collect(int64_t chunk) {
-    const int64_t begin = begin_of(chunk), end = begin_of(chunk + 1);
+  // Reads the anchors of these candidates that have a weight; whether there are any.
+  bool collect(int64_t begin, int64_t end) {
     const F* boxes = static_cast<const F*>(loss_.target_boxes);
     const F* points = static_cast<const F*>(loss_.points);
     int64_t logits[kAnchors], gradient[kAnchors];
@@ -220,6 +225,7 @@ class BoxChunk {
       }
       if (weight == 0) continue;
       const int i = count_++;
+      indices_[i] = index;
       weight_[i] = weight;
       x_[i] = points[2 * anchor];
       y_[i] = points[2 * anchor + 1];
@@ -258,6 +264,7 @@ class BoxChunk {
   const Call forward_, decode_, backward_;
   LaneRunner<T> forward_lanes_, decode_lanes_, backward_lanes_;
   int count_;
+  int64_t indices_[kAnchors];
   Place place_;
   // Vectors may reach beyond the last anchor, into values that are not used.
   alignas(64) F weight_[kAnchors + kWidth] = {}, x_[kAnchors + kWidth] = {},

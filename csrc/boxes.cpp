@@ -176,11 +176,38 @@ void fill_zeros(char* data, int64_t size, int64_t begin, int64_t end) {
   std::memset(data + begin, 0, end - begin);
 }
 
+bool gradient_in_order(const BoxLoss& loss) {
+  const int64_t per_anchor = kSides * loss.call.bins;
+  const BoxStrides& to = loss.gradient;
+  return loss.call.gradient_bin_stride == 1 && to.side == loss.call.bins &&
+         to.anchor == per_anchor && to.batch == loss.anchors * per_anchor;
+}
+
 void write_box_gradients(const BoxLoss& loss, const BoxGradients& upstream, int64_t begin,
                          int64_t end) {
+  const bool in_order = gradient_in_order(loss);
+  const int64_t* last = loss.candidates + loss.count;
+  int64_t c = std::lower_bound(loss.candidates, last, begin) - loss.candidates;
+  const int64_t after = std::lower_bound(loss.candidates, last, end) - loss.candidates;
   with_storage(loss.call.storage, [&](auto logit) {
-    BoxChunk<decltype(logit)> chunk(loss);
-    for (int64_t c = begin; c < end; ++c) chunk.write_gradient(c, upstream);
+    using T = decltype(logit);
+    const int64_t bytes = kSides * loss.call.bins * static_cast<int64_t>(sizeof(T));
+    const int64_t size = loss.batch * loss.anchors * bytes;
+    char* data = static_cast<char*>(loss.call.gradient);
+    const auto fill_to = [&](int64_t anchor) {
+      if (in_order) fill_zeros(data, size, begin * bytes, anchor * bytes);
+      begin = anchor + 1;
+    };
+    if (c < after) {
+      BoxChunk<T> chunk(loss);
+      for (; c < after; c += loss.chunk) {
+        chunk.write_gradient(c, std::min<int64_t>(c + loss.chunk, after), upstream,
+                             [&](const int64_t* found, int count) {
+                               for (int i = 0; i < count; ++i) fill_to(found[i]);
+                             });
+      }
+    }
+    fill_to(end);
   });
 }
 

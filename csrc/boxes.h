@@ -90,7 +90,11 @@ void sum_box_losses(const BoxLoss& loss, int64_t begin, int64_t end, BoxSums* su
 // which is then not read before it is overwritten.
 void fill_zeros(char* data, int64_t size, int64_t begin, int64_t end);
 
-// Writes the gradient of the anchors of chunks begin to end; all others are left as they are.
+// Whether the gradients of an anchor are one range of memory, and those of all anchors another.
+bool gradient_in_order(const BoxLoss& loss);
+
+// Writes the gradient of anchors, of all images, begin to end: of those in order all, with zeros
+// where there is none, which spares a pass over the memory; of others only what is not zero.
 void write_box_gradients(const BoxLoss& loss, const BoxGradients& upstream, int64_t begin,
                          int64_t end);
 

@@ -183,19 +183,22 @@ std::tuple<Tensor, Tensor> sum_losses(const BoxLoss& loss, const Tensor& normali
 Tensor gradient_of(BoxLoss& loss, const Tensor& grad_iou, const Tensor& grad_dfl,
                    const Tensor& logits, const Tensor& normalizer, int64_t dim) {
   Tensor gradient = empty_gradient(logits);
-  char* bytes = static_cast<char*>(gradient.mutable_data_ptr());
-  const int64_t size = gradient.numel() * static_cast<int64_t>(gradient.element_size());
-  torch::stable::parallel_for(
-      0, size, kBytesPerThread,
-      [&](int64_t begin, int64_t end) { fill_zeros(bytes, size, begin, end); });
-  if (loss.chunks == 0) return gradient;
   set_gradient(loss.call, gradient, dim);
   loss.gradient = strides_of(gradient, dim);
+  char* bytes = static_cast<char*>(gradient.mutable_data_ptr());
+  const int64_t size = gradient.numel() * static_cast<int64_t>(gradient.element_size());
+  if (loss.count == 0 || !gradient_in_order(loss)) {
+    torch::stable::parallel_for(
+        0, size, kBytesPerThread,
+        [&](int64_t begin, int64_t end) { fill_zeros(bytes, size, begin, end); });
+    if (loss.count == 0) return gradient;
+  }
   const double scale = number("normalizer", normalizer, loss.call);
   const BoxGradients upstream{number("grad_iou", grad_iou, loss.call) / scale,
                               number("grad_dfl", grad_dfl, loss.call) / scale};
+  const int64_t anchors = loss.batch * loss.anchors;
   torch::stable::parallel_for(
-      0, loss.chunks, chunks_per_thread(loss),
+      0, anchors, std::max<int64_t>(1, kBytesPerThread * anchors / size),
       [&](int64_t begin, int64_t end) { write_box_gradients(loss, upstream, begin, end); });
   return gradient;
 }
