@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "vec.h"
+#include "exps.h"
 
 namespace dflkern {
 
@@ -15,6 +15,10 @@ constexpr int kMaxLanes = 64;
 // and hardware follows fewer streams than there are bins.
 constexpr int kAhead = 256;
 constexpr int kCacheLine = 64;
+
+// Finding where a page lies may take longer than reading a line, and holds up all that is read from
+// that page; so rows ask for one line of it so many bytes ahead.
+constexpr int kPage = 1 << 12, kPageAhead = 1 << 15;
 
 // Bin k of lane i lies at logits[k * logits_stride + i]; everything else has a value per lane.
 template <class F>
@@ -52,7 +56,11 @@ DFL_INLINE void fetch_ahead(const F* step) {
 // Unrolled loops over bins leave no registers for the constants of exp, whose loads then take
 // longer than the arithmetic; hence loops over bins stay loops, even where their count is known.
 #define DFL_LOOP _Pragma("GCC unroll 1")
-#define DFL_UNROLL _Pragma("GCC unroll 16")
+#if defined(__AVX512F__)  // twice as many registers
+#define DFL_EXP_LOOP _Pragma("GCC unroll 2")
+#else
+#define DFL_EXP_LOOP DFL_LOOP
+#endif
 
 template <class F>
 DFL_INLINE void find_max(const Block<F>& block, int lane, int bins, Vec<F> (&max)[Step<F>::U]) {
@@ -99,48 +107,31 @@ struct Sums {
   Vec<F> mass[Step<F>::U] = {}, moment[Step<F>::U] = {};
 };
 
-// exp(z - max) of vector u of bin k, which is also kept if kKeep.
-template <bool kKeep, class F>
-DFL_INLINE Vec<F> exp_of_bin(const F* logits, int u, Vec<F> max, F (*exps)[kStep], int k) {
-  const int i = u * Step<F>::kWidth;
-  const Vec<F> e = exp_nonpositive(load<Vec<F>>(logits + i) - max);
-  if constexpr (kKeep) store(&exps[k][i], e);
-  return e;
-}
-
-// The sums over all bins: masses in pairs, and both in chunks, which rounds less than one long sum.
+// The sums over all bins, in chunks, which rounds less than one long sum. The exponentials are also
+// kept if kKeep.
 template <class F, bool kPosition, bool kKeep>
 DFL_INLINE Sums<F> sum_exps(const F* logits, int64_t stride, int bins, const F* positions,
                             const Vec<F> (&max)[Step<F>::U], F (*exps)[kStep]) {
+  using S = Step<F>;
   using V = Vec<F>;
-  constexpr int U = Step<F>::U, kChunk = 16;
+  constexpr int kChunk = 16;
+  const Exps<V> exp;
   Sums<F> total;
   for (int begin = 0; begin < bins; begin += kChunk) {
     Sums<F> chunk;
     const int end = bins - begin < kChunk ? bins : begin + kChunk;
-    int k = begin;
-    DFL_LOOP for (; k + 1 < end; k += 2) {
-      const F* next = logits + stride;
-      V first[U];
-      DFL_UNROLL for (int u = 0; u < U; ++u) {
-        first[u] = exp_of_bin<kKeep>(logits, u, max[u], exps, k);
-        if (kPosition) chunk.moment[u] = fma(first[u], splat<V>(positions[k]), chunk.moment[u]);
+    DFL_EXP_LOOP for (int k = begin; k < end; ++k, logits += stride) {
+      V e[S::U];
+      DFL_UNROLL for (int u = 0; u < S::U; ++u) e[u] = load<V>(logits + u * S::kWidth) - max[u];
+      exp(e);
+      DFL_UNROLL for (int u = 0; u < S::U; ++u) {
+        if constexpr (kKeep) store(&exps[k][u * S::kWidth], e[u]);
+        chunk.mass[u] += e[u];
+        if (kPosition) chunk.moment[u] = fma(e[u], splat<V>(positions[k]), chunk.moment[u]);
       }
       fetch_ahead(logits);
-      DFL_UNROLL for (int u = 0; u < U; ++u) {
-        const V second = exp_of_bin<kKeep>(next, u, max[u], exps, k + 1);
-        if (kPosition) chunk.moment[u] = fma(second, splat<V>(positions[k + 1]), chunk.moment[u]);
-        chunk.mass[u] += first[u] + second;
-      }
-      fetch_ahead(next);
-      logits = next + stride;
     }
-    DFL_UNROLL for (int u = 0; u < U; ++u) {
-      if (k < end) {
-        const V e = exp_of_bin<kKeep>(logits, u, max[u], exps, k);
-        chunk.mass[u] += e;
-        if (kPosition) chunk.moment[u] = fma(e, splat<V>(positions[k]), chunk.moment[u]);
-      }
+    DFL_UNROLL for (int u = 0; u < S::U; ++u) {
       total.mass[u] += chunk.mass[u];
       if (kPosition) total.moment[u] += chunk.moment[u];
     }

@@ -148,6 +148,10 @@ void sum_box_losses(const BoxLoss& loss, int64_t begin, int64_t end, BoxSums* su
 DFL_INLINE void stream_zeros(char* line) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(line), _mm512_setzero_si512());
+#elif defined(__AVX__)
+  for (int i = 0; i < kCacheLine; i += 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(line + i), _mm256_setzero_si256());
+  }
 #else
   for (int i = 0; i < kCacheLine; i += 16) {
     _mm_stream_si128(reinterpret_cast<__m128i*>(line + i), _mm_setzero_si128());
@@ -167,13 +171,20 @@ void fill_zeros(char* data, int64_t size, int64_t begin, int64_t end) {
     int64_t at = aligned(begin);
     std::memset(data + begin, 0, at - begin);
     for (; at + kCacheLine <= end; at += kCacheLine) {
-      stream_zeros(data + at);
+      char* line = data + at;
+      if (reinterpret_cast<uintptr_t>(line) % kPage == 0) __builtin_prefetch(line + 4 * kPage);
+      stream_zeros(line);
     }
-    _mm_sfence();
     begin = at;
   }
 #endif
   std::memset(data + begin, 0, end - begin);
+}
+
+void end_fills() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 bool gradient_in_order(const BoxLoss& loss) {
@@ -208,6 +219,7 @@ void write_box_gradients(const BoxLoss& loss, const BoxGradients& upstream, int6
       }
     }
     fill_to(end);
+    end_fills();
   });
 }
 

@@ -90,6 +90,9 @@ void sum_box_losses(const BoxLoss& loss, int64_t begin, int64_t end, BoxSums* su
 // which is then not read before it is overwritten.
 void fill_zeros(char* data, int64_t size, int64_t begin, int64_t end);
 
+// Other threads see what this one filled with zeros only after this; waiting for it once is enough.
+void end_fills();
+
 // Whether the gradients of an anchor are one range of memory, and those of all anchors another.
 bool gradient_in_order(const BoxLoss& loss);
 

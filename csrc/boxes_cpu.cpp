@@ -71,7 +71,7 @@ Tensor decode_boxes(Tensor logits, Tensor anchor_points, MaybeTensor stride, May
                static_cast<const F*>(data_of(cells)), xywh, begin, end,
                static_cast<F*>(boxes.mutable_data_ptr()));
     };
-    torch::stable::parallel_for(0, layout.batch * layout.anchors, kAnchorsPerThread, convert);
+    in_parallel(layout.batch * layout.anchors, kAnchorsPerThread, convert);
   });
   return boxes;
 }
@@ -92,7 +92,7 @@ Tensor decode_boxes_backward(Tensor grad_boxes, Tensor logits, MaybeTensor strid
       to_distance_gradients(layout, static_cast<const F*>(data_of(cells)), xywh, begin, end, from,
                             static_cast<F*>(distances.mutable_data_ptr()));
     };
-    torch::stable::parallel_for(0, layout.batch * layout.anchors, kAnchorsPerThread, convert);
+    in_parallel(layout.batch * layout.anchors, kAnchorsPerThread, convert);
   });
   call.backward = call.position = true;
   call.grad_position = {distances.const_data_ptr(), 1, false};
@@ -160,9 +160,9 @@ int64_t chunks_per_thread(const BoxLoss& loss) {
 
 std::tuple<Tensor, Tensor> sum_losses(const BoxLoss& loss, const Tensor& normalizer) {
   std::vector<BoxSums> sums(loss.chunks);
-  torch::stable::parallel_for(
-      0, loss.chunks, chunks_per_thread(loss),
-      [&](int64_t begin, int64_t end) { sum_box_losses(loss, begin, end, sums.data()); });
+  in_parallel(loss.chunks, chunks_per_thread(loss), [&](int64_t begin, int64_t end) {
+    sum_box_losses(loss, begin, end, sums.data());
+  });
   BoxSums total;
   for (const BoxSums& part : sums) {  // in one order, however many threads there are
     total.iou += part.iou;
@@ -188,18 +188,20 @@ Tensor gradient_of(BoxLoss& loss, const Tensor& grad_iou, const Tensor& grad_dfl
   char* bytes = static_cast<char*>(gradient.mutable_data_ptr());
   const int64_t size = gradient.numel() * static_cast<int64_t>(gradient.element_size());
   if (loss.count == 0 || !gradient_in_order(loss)) {
-    torch::stable::parallel_for(
-        0, size, kBytesPerThread,
-        [&](int64_t begin, int64_t end) { fill_zeros(bytes, size, begin, end); });
+    in_parallel(size, kBytesPerThread, [&](int64_t begin, int64_t end) {
+      fill_zeros(bytes, size, begin, end);
+      end_fills();
+    });
     if (loss.count == 0) return gradient;
   }
   const double scale = number("normalizer", normalizer, loss.call);
   const BoxGradients upstream{number("grad_iou", grad_iou, loss.call) / scale,
                               number("grad_dfl", grad_dfl, loss.call) / scale};
   const int64_t anchors = loss.batch * loss.anchors;
-  torch::stable::parallel_for(
-      0, anchors, std::max<int64_t>(1, kBytesPerThread * anchors / size),
-      [&](int64_t begin, int64_t end) { write_box_gradients(loss, upstream, begin, end); });
+  const int64_t grain = std::max<int64_t>(1, kBytesPerThread * anchors / size);
+  in_parallel(anchors, grain, [&](int64_t begin, int64_t end) {
+    write_box_gradients(loss, upstream, begin, end);
+  });
   return gradient;
 }
 

@@ -32,7 +32,7 @@ struct Place {
 inline int padded_lanes(int lanes) { return (lanes + kStep - 1) / kStep * kStep; }
 
 inline void spread(int64_t* offsets, int64_t count, int64_t first, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) offsets[i] = first + i * stride;
+  for (int64_t i = 0; i < count; ++i, first += stride) offsets[i] = first;
 }
 
 // Lanes that pad a block repeat its last one.
@@ -63,7 +63,7 @@ class LaneRunner {
         bins_(make_bins(call.bins, static_cast<const F*>(call.project), call.margin)),
         positions_(bins_.positions ? bins_.positions : kWholeNumbers<F>.values) {}
 
-  void run(Place& place, const LaneValues<F>& values) {
+  DFL_INLINE void run(Place& place, const LaneValues<F>& values) {
     if constexpr (kHasRows<T>) {
       if (rows_) return run_rows(place, values);
     }
@@ -83,7 +83,7 @@ class LaneRunner {
  private:
   static constexpr bool kDirect = sizeof(T) == sizeof(F);
 
-  void run_rows(const Place& place, const LaneValues<F>& values) {
+  DFL_INLINE void run_rows(const Place& place, const LaneValues<F>& values) {
     Rows<T> it{};
     it.lanes = padded_lanes(place.lanes);
     it.count = place.lanes;

@@ -35,6 +35,14 @@ void locate_in_line(const Call& call, int64_t block, Place& place) {
 
 // The place of consecutive distributions.
 void locate(const Call& call, Place& place) {
+  if (call.axes == 1) {
+    const Axis& axis = call.axis[0];
+    spread(place.logits, place.lanes, place.output * axis.logits, axis.logits);
+    if (call.backward) {
+      spread(place.gradient, place.lanes, place.output * axis.gradient, axis.gradient);
+    }
+    return pad(place.logits, place.lanes);
+  }
   int64_t index[kMaxAxes];
   int64_t rest = place.output, logits = 0, gradient = 0;
   for (int a = call.axes - 1; a >= 0; --a) {

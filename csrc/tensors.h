@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 
 #include <torch/csrc/stable/library.h>
@@ -99,12 +100,33 @@ inline void set_project(Call& call, MaybeTensor& project) {
   call.project = project->const_data_ptr();
 }
 
+// Calls function(begin, end) for pieces that make up 0 to count, on as many threads as have at
+// least `grain` to do. Each thread takes the next piece when it is done with one: cores are seldom
+// equally fast, and halves would wait for the slower one.
+template <class Function>
+void in_parallel(int64_t count, int64_t grain, const Function& function) {
+  constexpr int64_t kPiecesPerThread = 8;
+  const int64_t most = torch::stable::get_num_threads();
+  const int64_t threads = std::min(most, (count + grain - 1) / grain);
+  if (threads <= 1) {
+    if (count > 0) function(0, count);
+    return;
+  }
+  const int64_t piece = std::max({int64_t(1), grain / 2, count / (threads * kPiecesPerThread)});
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(piece)) < count;) {
+      function(begin, std::min(begin + piece, count));
+    }
+  });
+}
+
 inline void execute(Call& call) {
   if (call.count == 0) return;
   plan(call);
   const int64_t grain = std::max<int64_t>(1, kBinsPerThread / (call.bins * call.lanes));
-  torch::stable::parallel_for(0, call.lines * call.blocks_per_line, grain,
-                              [&call](int64_t begin, int64_t end) { run(call, begin, end); });
+  in_parallel(call.lines * call.blocks_per_line, grain,
+              [&call](int64_t begin, int64_t end) { run(call, begin, end); });
 }
 
 // Memory for the gradient of the logits, with the strides of torch.empty_like.

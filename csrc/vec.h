@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#define DFL_UNROLL _Pragma("GCC unroll 16")
+
 namespace dflkern {
 
 #if defined(__AVX512F__)

@@ -3,13 +3,13 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "block.h"
 #include "columns.h"
+#include "row_vectors.h"
 
 namespace dflkern {
-
-// Rows computed together: as many as their maxima fill a vector.
-constexpr int kRows = kVectorBytes / sizeof(float);
 
 // Elements between what is computed and what is fetched from memory.
 constexpr int kAheadInRow = 2048;
@@ -39,154 +39,22 @@ struct Call;
 template <class T>
 RowsFunction<T> rows_function(const Call& call);
 
-#if defined(__AVX512F__)
-
-template <class T>
-constexpr bool kHasRows = sizeof(T) < 8;
-
-DFL_INLINE VecF load_vector(const float* from) { return load<VecF>(from); }
-DFL_INLINE VecF load_vector(const Half* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-DFL_INLINE VecF load_vector(const BFloat16* from) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-DFL_INLINE void store_vector(float* to, VecF x) { store(to, x); }
-template <class T>
-DFL_INLINE void store_vector(T* to, VecF x) {
-  store8(to, _mm512_castps512_ps256(x));
-  store8(to + 8, _mm512_extractf32x8_ps(x, 1));
-}
-
-// The operation over pairs: of two vectors (lanes in fours, a0..a3) and (b0..b3), the halves of
-// both side by side, so that one operation on (first, second) halves what is left to combine.
-DFL_INLINE VecF low_pairs(VecF a, VecF b) { return _mm512_unpacklo_ps(a, b); }
-DFL_INLINE VecF high_pairs(VecF a, VecF b) { return _mm512_unpackhi_ps(a, b); }
-DFL_INLINE VecF low_halves(VecF a, VecF b) {
-  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
-DFL_INLINE VecF high_halves(VecF a, VecF b) {
-  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
-DFL_INLINE VecF even_lanes(VecF a, VecF b) { return _mm512_shuffle_ps(a, b, 0x88); }
-DFL_INLINE VecF odd_lanes(VecF a, VecF b) { return _mm512_shuffle_ps(a, b, 0xdd); }
-
-// Lane i of the result combines all lanes of vectors[i].
-template <class Combine>
-DFL_INLINE VecF across(const VecF (&vectors)[kRows], Combine combine) {
-  VecF fours[4];
-  DFL_UNROLL for (int i = 0; i < 4; ++i) {
-    const VecF* v = vectors + 4 * i;
-    const VecF a = combine(low_pairs(v[0], v[1]), high_pairs(v[0], v[1]));
-    const VecF b = combine(low_pairs(v[2], v[3]), high_pairs(v[2], v[3]));
-    fours[i] = combine(low_halves(a, b), high_halves(a, b));
-  }
-  const VecF a = combine(VecF(_mm512_shuffle_f32x4(fours[0], fours[1], 0x44)),
-                         VecF(_mm512_shuffle_f32x4(fours[0], fours[1], 0xee)));
-  const VecF b = combine(VecF(_mm512_shuffle_f32x4(fours[2], fours[3], 0x44)),
-                         VecF(_mm512_shuffle_f32x4(fours[2], fours[3], 0xee)));
-  return combine(VecF(_mm512_shuffle_f32x4(a, b, 0x88)), VecF(_mm512_shuffle_f32x4(a, b, 0xdd)));
-}
-
-#elif defined(__AVX2__) && defined(__F16C__)
-
-template <class T>
-constexpr bool kHasRows = sizeof(T) < 8;
-
-template <class T>
-DFL_INLINE VecF load_vector(const T* from) { return load8(from); }
-template <class T>
-DFL_INLINE void store_vector(T* to, VecF x) { store8(to, x); }
-
-DFL_INLINE VecF low_pairs(VecF a, VecF b) { return _mm256_unpacklo_ps(a, b); }
-DFL_INLINE VecF high_pairs(VecF a, VecF b) { return _mm256_unpackhi_ps(a, b); }
-DFL_INLINE VecF low_halves(VecF a, VecF b) { return _mm256_shuffle_ps(a, b, 0x44); }
-DFL_INLINE VecF high_halves(VecF a, VecF b) { return _mm256_shuffle_ps(a, b, 0xee); }
-DFL_INLINE VecF even_lanes(VecF a, VecF b) { return _mm256_shuffle_ps(a, b, 0x88); }
-DFL_INLINE VecF odd_lanes(VecF a, VecF b) { return _mm256_shuffle_ps(a, b, 0xdd); }
-
-template <class Combine>
-DFL_INLINE VecF across(const VecF (&vectors)[kRows], Combine combine) {
-  VecF fours[2];
-  DFL_UNROLL for (int i = 0; i < 2; ++i) {
-    const VecF* v = vectors + 4 * i;
-    const VecF a = combine(low_pairs(v[0], v[1]), high_pairs(v[0], v[1]));
-    const VecF b = combine(low_pairs(v[2], v[3]), high_pairs(v[2], v[3]));
-    fours[i] = combine(low_halves(a, b), high_halves(a, b));
-  }
-  return combine(VecF(_mm256_permute2f128_ps(fours[0], fours[1], 0x20)),
-                 VecF(_mm256_permute2f128_ps(fours[0], fours[1], 0x31)));
-}
-
-#else
-
-template <class T>
-constexpr bool kHasRows = false;
-
-#endif
-
 #if defined(__AVX2__) && defined(__F16C__)
 
-// What is left of four vectors: sums over the lanes of each four, and those of 0, 1, 2, 3 times them.
-DFL_INLINE void halve_pairs(const VecF* v, VecF& sum, VecF& moment) {
-  VecF sums[2], upper[2];
-  DFL_UNROLL for (int i = 0; i < 2; ++i) {
-    upper[i] = high_pairs(v[2 * i], v[2 * i + 1]);
-    sums[i] = low_pairs(v[2 * i], v[2 * i + 1]) + upper[i];
-  }
-  const VecF high = high_halves(sums[0], sums[1]);
-  sum = low_halves(sums[0], sums[1]) + high;
-  moment = fma(splat<VecF>(2), low_halves(upper[0], upper[1]) + high_halves(upper[0], upper[1]),
-               high);
-}
-
-// Lane i of `sum` is the sum of all lanes of rows[i], lane i of `moment` that of lane number
-// times lane: what is added from the upper part of a vector adds its distance from the lower one.
-DFL_INLINE void sum_and_moment(const VecF (&rows)[kRows][1], VecF& sum, VecF& moment) {
-  VecF sums[kRows / 4], moments[kRows / 4];
-  DFL_UNROLL for (int i = 0; i < kRows / 4; ++i) halve_pairs(rows[4 * i], sums[i], moments[i]);
+// Rows whose exponentials are computed before these are added up, and how the loop is unrolled.
 #if defined(__AVX512F__)
-  VecF halved[2], upper[2];
-  DFL_UNROLL for (int i = 0; i < 2; ++i) {
-    const VecF high = _mm512_shuffle_f32x4(sums[2 * i], sums[2 * i + 1], 0xee);
-    halved[i] = VecF(_mm512_shuffle_f32x4(sums[2 * i], sums[2 * i + 1], 0x44)) + high;
-    upper[i] = fma(splat<VecF>(8), high,
-                   VecF(_mm512_shuffle_f32x4(moments[2 * i], moments[2 * i + 1], 0x44)) +
-                       VecF(_mm512_shuffle_f32x4(moments[2 * i], moments[2 * i + 1], 0xee)));
-  }
-  const VecF high = _mm512_shuffle_f32x4(halved[0], halved[1], 0xdd);
-  sum = VecF(_mm512_shuffle_f32x4(halved[0], halved[1], 0x88)) + high;
-  moment = fma(splat<VecF>(4), high,
-               VecF(_mm512_shuffle_f32x4(upper[0], upper[1], 0x88)) +
-                   VecF(_mm512_shuffle_f32x4(upper[0], upper[1], 0xdd)));
+constexpr int kExpRows = kRows;
+#define DFL_ROW_LOOP _Pragma("GCC unroll 8")
 #else
-  const VecF high = _mm256_permute2f128_ps(sums[0], sums[1], 0x31);
-  sum = VecF(_mm256_permute2f128_ps(sums[0], sums[1], 0x20)) + high;
-  moment = fma(splat<VecF>(4), high,
-               VecF(_mm256_permute2f128_ps(moments[0], moments[1], 0x20)) +
-                   VecF(_mm256_permute2f128_ps(moments[0], moments[1], 0x31)));
+constexpr int kExpRows = kMaxLanes;
+#define DFL_ROW_LOOP DFL_LOOP
 #endif
-}
 
-// kRows rows of R vectors each.
-template <int R>
-using Vectors = VecF[kRows][R];
-
-template <int R, class Combine>
-DFL_INLINE VecF over_rows(const Vectors<R>& rows, Combine combine) {
-  VecF folded[kRows];
-  DFL_UNROLL for (int i = 0; i < kRows; ++i) {
-    folded[i] = rows[i][0];
-    DFL_UNROLL for (int r = 1; r < R; ++r) folded[i] = combine(folded[i], rows[i][r]);
-  }
-  return across(folded, combine);
-}
-
-// The maxima of a block's rows. This, the exponentials and what follows them are loops of their own,
-// since one step of all of it is longer than what a processor looks ahead.
+// The maxima of a block's rows. This, the exponentials and what follows them are loops of their
+// own, since one step of all of it is longer than what a processor looks ahead.
 template <int R, class T>
 DFL_INLINE void find_row_maxima(const Rows<T>& it, float* max) {
+  __builtin_prefetch(reinterpret_cast<const char*>(it.logits + it.offsets[0]) + kPageAhead);
   for (int lane = 0; lane < it.lanes; lane += kRows) {
     Vectors<R> z;
     DFL_UNROLL for (int i = 0; i < kRows; ++i) {
@@ -197,26 +65,26 @@ DFL_INLINE void find_row_maxima(const Rows<T>& it, float* max) {
   }
 }
 
-// exp(z - max) of kRows rows.
+// exp(z - max) of `count` rows.
 template <int R, class T>
-DFL_INLINE void exps_of_rows(const T* logits, const int64_t* offsets, const float* max,
-                             Vectors<R>& e) {
-  _Pragma("GCC unroll 8") for (int i = 0; i < kRows; ++i) {
+DFL_INLINE void exps_of_rows(const T* logits, const int64_t* offsets, int count, const float* max,
+                             VecF (*e)[R]) {
+  const Exps<VecF> exp;
+  DFL_ROW_LOOP for (int i = 0; i < count; ++i) {
     const T* row = logits + offsets[i];
     __builtin_prefetch(row + kAheadInRow);
-    DFL_UNROLL for (int r = 0; r < R; ++r) {
-      e[i][r] = exp_nonpositive(load_vector(row + r * kRows) - max[i]);
-    }
+    DFL_UNROLL for (int r = 0; r < R; ++r) e[i][r] = load_vector(row + r * kRows) - max[i];
+    exp(e[i]);
   }
 }
 
 // The sums of e, and those of e W if kMoment.
 template <int R, bool kMoment>
-DFL_INLINE void sum_rows(const Vectors<R>& e, const Bins<float>& bins, const float* positions,
+DFL_INLINE void sum_rows(const VecF (*e)[R], const Bins<float>& bins, const float* positions,
                          VecF& sum, VecF& moment) {
   const auto add = [](VecF a, VecF b) { return a + b; };
   if constexpr (kMoment && R == 1) {
-    if (bins.positions == nullptr) return sum_and_moment(e, sum, moment);
+    if (bins.positions == nullptr) return sum_and_moment<false>(e[0], nullptr, sum, moment);
   }
   sum = over_rows<R>(e, add);
   if constexpr (kMoment) {
@@ -255,18 +123,75 @@ DFL_INLINE PickedRows load_picked(const T (&pairs)[2 * kRows]) {
   return {even_lanes(a, b), odd_lanes(a, b)};
 }
 
-template <class T, int R, bool kLoss, bool kPosition>
-void forward_rows(const Rows<T>& it, const Bins<float>& bins, const float* positions) {
-  alignas(64) float max[kMaxLanes], mass[kMaxLanes];
-  find_row_maxima<R>(it, max);
+#if defined(__AVX512F__)
+
+// The mass of every row, and its position if kPosition.
+template <int R, bool kPosition, class T>
+DFL_INLINE void sum_exps_of_rows(const Rows<T>& it, const Bins<float>& bins, const float* positions,
+                                 const float* max, float* mass) {
   for (int lane = 0; lane < it.lanes; lane += kRows) {
-    Vectors<R> e;
-    VecF sum, moment;
-    exps_of_rows<R>(it.logits, it.offsets + lane, max + lane, e);
+    VecF e[kRows][R], sum, moment;
+    exps_of_rows<R>(it.logits, it.offsets + lane, kRows, max + lane, e);
     sum_rows<R, kPosition>(e, bins, positions, sum, moment);
     store(mass + lane, sum);
     if (kPosition) store(it.position + lane, moment / sum);
   }
+}
+
+#else
+
+// The mass of every row, and its position if kPosition; kWhole says that bins are whole numbers.
+template <int R, bool kPosition, bool kWhole, class T>
+DFL_INLINE void sum_exps_of_rows(const Rows<T>& it, const float* positions, const float* max,
+                                 float* mass) {
+  static_assert(R <= 2, "a lower and an upper half");
+  VecF sums[kMaxLanes], moments[kMaxLanes];  // or the upper half, which says enough
+  {
+    const Exps<VecF> exp;
+    DFL_ROW_LOOP for (int i = 0; i < it.lanes; ++i) {
+      const T* row = it.logits + it.offsets[i];
+      __builtin_prefetch(row + kAheadInRow);
+      VecF e[R];
+      DFL_UNROLL for (int r = 0; r < R; ++r) e[r] = load_vector(row + r * kRows) - max[i];
+      exp(e);
+      sums[i] = R == 1 ? e[0] : e[0] + e[R - 1];
+      if (kPosition && kWhole && R == 2) moments[i] = e[R - 1];
+      if (kPosition && !kWhole) {
+        moments[i] = e[0] * load<VecF>(positions);
+        if (R == 2) moments[i] = fma(e[R - 1], load<VecF>(positions + kRows), moments[i]);
+      }
+    }
+  }
+  const auto add = [](VecF a, VecF b) { return a + b; };
+  for (int lane = 0; lane < it.lanes; lane += kRows) {
+    VecF sum, moment;
+    if constexpr (kPosition && kWhole) {
+      sum_and_moment<R == 2>(sums + lane, moments + lane, sum, moment);
+    } else {
+      sum = across(sums + lane, add);
+      if (kPosition) moment = across(moments + lane, add);
+    }
+    store(mass + lane, sum);
+    if (kPosition) store(it.position + lane, moment / sum);
+  }
+}
+
+template <int R, bool kPosition, class T>
+DFL_INLINE void sum_exps_of_rows(const Rows<T>& it, const Bins<float>& bins, const float* positions,
+                                 const float* max, float* mass) {
+  if (kPosition && bins.positions != nullptr) {
+    return sum_exps_of_rows<R, kPosition, false>(it, positions, max, mass);
+  }
+  sum_exps_of_rows<R, kPosition, true>(it, positions, max, mass);
+}
+
+#endif
+
+template <class T, int R, bool kLoss, bool kPosition>
+void forward_rows(const Rows<T>& it, const Bins<float>& bins, const float* positions) {
+  alignas(64) float max[kMaxLanes], mass[kMaxLanes];
+  find_row_maxima<R>(it, max);
+  sum_exps_of_rows<R, kPosition>(it, bins, positions, max, mass);
   for (int lane = 0; kLoss && lane < it.lanes; lane += kRows) {
     alignas(64) T pairs[2 * kRows];
     const TwoBins<VecF> y = two_bins(load<VecF>(it.target + lane), bins);
@@ -290,15 +215,17 @@ void backward_rows(const Rows<T>& it, const Bins<float>& bins, const float* posi
   DFL_UNROLL for (int r = 0; r < R; ++r) {
     for (int i = 0; i < kRows; ++i) number[r][i] = static_cast<float>(r * kRows + i);
   }
-  Vectors<R> e[kMaxLanes / kRows];
+  VecF e[kMaxLanes][R];
   alignas(64) Slopes slopes;
   alignas(64) float max[kMaxLanes];
   find_row_maxima<R>(it, max);
   for (int lane = 0; lane < it.lanes; lane += kRows) {
-    Vectors<R>& own = e[lane / kRows];
+    if (lane % kExpRows == 0) {
+      const int count = std::min(kExpRows, it.lanes - lane);
+      exps_of_rows<R>(it.logits, it.offsets + lane, count, max + lane, e + lane);
+    }
     VecF sum, moment;
-    exps_of_rows<R>(it.logits, it.offsets + lane, max + lane, own);
-    sum_rows<R, kPosition>(own, bins, positions, sum, moment);
+    sum_rows<R, kPosition>(e + lane, bins, positions, sum, moment);
     VecF inverse = 1 / sum;
     if (kLoss) {
       const TwoBins<VecF> y = two_bins(load<VecF>(it.target + lane), bins);
@@ -318,11 +245,12 @@ void backward_rows(const Rows<T>& it, const Bins<float>& bins, const float* posi
   T* const gradients = it.gradient;
   const int64_t* const offsets = it.gradient_offsets;
   const int count = it.count;
+  __builtin_prefetch(reinterpret_cast<char*>(gradients + offsets[0]) + kPageAhead, 1);
   _Pragma("GCC unroll 4") for (int i = 0; i < count; ++i) {
     T* to = gradients + offsets[i];
     __builtin_prefetch(to + kAheadInRow, 1);
     DFL_UNROLL for (int r = 0; r < R; ++r) {
-      const VecF mass = e[i / kRows][i % kRows][r];
+      const VecF mass = e[i][r];
       VecF gradient;
       if (kLoss) {
         gradient = mass * slopes.loss[i];
