@@ -12,8 +12,9 @@ constexpr int kStep = kVectorBytes / 2;
 constexpr int kMaxLanes = 64;
 
 // Lanes between what is computed and what is fetched from memory. Each bin is a stream of its own,
-// and hardware follows fewer streams than there are bins.
-constexpr int kAhead = 256;
+// and hardware follows fewer streams than there are bins. What is fetched too early has left the
+// L1 cache again; narrower vectors take longer for the same lanes.
+constexpr int kAhead = kVectorBytes == 64 ? 256 : 96;
 constexpr int kCacheLine = 64;
 
 // Finding where a page lies may take longer than reading a line, and holds up all that is read from

@@ -12,7 +12,7 @@
 namespace dflkern {
 
 // Elements between what is computed and what is fetched from memory.
-constexpr int kAheadInRow = 2048;
+constexpr int kAheadInRow = kVectorBytes == 64 ? 2048 : 1024;
 
 // Row i begins at logits + offsets[i]; `lanes`, a multiple of kRows, can be read, and the gradients
 // of `count` are written. Everything else has a value per row.
@@ -84,7 +84,7 @@ DFL_INLINE void sum_rows(const VecF (*e)[R], const Bins<float>& bins, const floa
                          VecF& sum, VecF& moment) {
   const auto add = [](VecF a, VecF b) { return a + b; };
   if constexpr (kMoment && R == 1) {
-    if (bins.positions == nullptr) return sum_and_moment<false>(e[0], nullptr, sum, moment);
+    if (bins.positions == nullptr) return sum_and_moment<false>(e[0], e[0], sum, moment);
   }
   sum = over_rows<R>(e, add);
   if constexpr (kMoment) {
