@@ -75,7 +75,10 @@ class BoxChunk {
         backward_(call_for(loss, true, true)),
         forward_lanes_(forward_),
         decode_lanes_(decode_),
-        backward_lanes_(backward_) {}
+        backward_lanes_(backward_) {
+    place_.next = next_;
+    place_.gradient_next = gradient_next_;
+  }
 
   BoxSums sum(int64_t chunk) {
     BoxSums sums;
@@ -166,10 +169,11 @@ class BoxChunk {
     return std::min<int64_t>(chunk * loss_.chunk, loss_.count);
   }
 
-  // Asks memory for what these candidates need, which lies all over it. Inline, since GCC takes a
-  // function that only prefetches for one without effect, and leaves its calls out.
+  // Asks memory for what these candidates need, which lies all over it; their rows are left to the
+  // kernels, which ask for one at each step and not for more than can be under way. Inline, since
+  // GCC takes a function that only prefetches for one without effect, and leaves its calls out.
   template <bool kBackward>
-  DFL_INLINE void fetch(int64_t begin, int64_t end) const {
+  DFL_INLINE void fetch(int64_t begin, int64_t end) {
     const T* logits = static_cast<const T*>(loss_.call.logits);
     const Weights& weight = loss_.weight;
     const char* weights = static_cast<const char*>(weight.data);
@@ -182,9 +186,17 @@ class BoxChunk {
         __builtin_prefetch(static_cast<const F*>(loss_.target_boxes) + kSides * index);
         fetch_line<false>(weights + size * first, weight.classes, size * weight.class_stride);
       }
-      const T* sides = logits + image * loss_.logits.batch + anchor * loss_.logits.anchor;
-      T* gradients = static_cast<T*>(loss_.call.gradient) + image * loss_.gradient.batch +
-                     anchor * loss_.gradient.anchor;
+      const int64_t first = image * loss_.logits.batch + anchor * loss_.logits.anchor;
+      const int64_t gradient = image * loss_.gradient.batch + anchor * loss_.gradient.anchor;
+      if (forward_lanes_.takes_rows()) {
+        for (int s = 0; s < kSides; ++s) {
+          next_[kSides * (c - begin) + s] = first + s * loss_.logits.side;
+          gradient_next_[kSides * (c - begin) + s] = gradient + s * loss_.gradient.side;
+        }
+        continue;
+      }
+      const T* sides = logits + first;
+      T* gradients = static_cast<T*>(loss_.call.gradient) + gradient;
       for (int s = 0; s < kSides; ++s) {
         fetch_line<false>(sides + s * loss_.logits.side, loss_.call.bins,
                           sizeof(T) * loss_.call.bin_stride);
@@ -266,6 +278,7 @@ class BoxChunk {
   int count_;
   int64_t indices_[kAnchors];
   Place place_;
+  int64_t next_[kMaxLanes] = {}, gradient_next_[kMaxLanes] = {};
   // Vectors may reach beyond the last anchor, into values that are not used.
   alignas(64) F weight_[kAnchors + kWidth] = {}, x_[kAnchors + kWidth] = {},
                 y_[kAnchors + kWidth] = {}, overlap_[kAnchors + kWidth],

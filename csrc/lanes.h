@@ -27,6 +27,8 @@ struct Place {
   int64_t output;
   int64_t output_stride;
   int64_t logits[kMaxLanes], gradient[kMaxLanes];
+  // Those of the rows that come after, or null: memory goes on behind these.
+  const int64_t *next = nullptr, *gradient_next = nullptr;
 };
 
 inline int padded_lanes(int lanes) { return (lanes + kStep - 1) / kStep * kStep; }
@@ -63,6 +65,9 @@ class LaneRunner {
         bins_(make_bins(call.bins, static_cast<const F*>(call.project), call.margin)),
         positions_(bins_.positions ? bins_.positions : kWholeNumbers<F>.values) {}
 
+  // Whether it takes logits row by row, and fetches the next rows meanwhile.
+  bool takes_rows() const { return rows_ != nullptr; }
+
   DFL_INLINE void run(Place& place, const LaneValues<F>& values) {
     if constexpr (kHasRows<T>) {
       if (rows_) return run_rows(place, values);
@@ -91,6 +96,9 @@ class LaneRunner {
     it.offsets = place.logits;
     it.gradient = static_cast<T*>(call_.gradient);
     it.gradient_offsets = place.gradient;
+    it.next = place.next ? place.next : place.logits;
+    it.gradient_next = place.next ? place.gradient_next : place.gradient;
+    it.ahead = place.next ? 0 : kAheadInRow;
     it.target = values.target;
     it.grad_loss = values.grad_loss;
     it.grad_position = values.grad_position;

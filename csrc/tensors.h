@@ -105,7 +105,7 @@ inline void set_project(Call& call, MaybeTensor& project) {
 // equally fast, and halves would wait for the slower one.
 template <class Function>
 void in_parallel(int64_t count, int64_t grain, const Function& function) {
-  constexpr int64_t kPiecesPerThread = 8;
+  constexpr int64_t kPiecesPerThread = 32;
   const int64_t most = torch::stable::get_num_threads();
   const int64_t threads = std::min(most, (count + grain - 1) / grain);
   if (threads <= 1) {

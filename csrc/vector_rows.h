@@ -15,7 +15,8 @@ namespace dflkern {
 constexpr int kAheadInRow = kVectorBytes == 64 ? 2048 : 1024;
 
 // Row i begins at logits + offsets[i]; `lanes`, a multiple of kRows, can be read, and the gradients
-// of `count` are written. Everything else has a value per row.
+// of `count` are written. Everything else has a value per row. What is fetched meanwhile begins
+// `ahead` elements after row i of `next` and `gradient_next`.
 template <class T>
 struct Rows {
   int lanes, count;
@@ -23,6 +24,8 @@ struct Rows {
   const int64_t* offsets;
   T* gradient;
   const int64_t* gradient_offsets;
+  const int64_t *next, *gradient_next;
+  int64_t ahead;
   const float* target;
   const float* grad_loss;
   const float* grad_position;
@@ -54,7 +57,9 @@ constexpr int kExpRows = kMaxLanes;
 // own, since one step of all of it is longer than what a processor looks ahead.
 template <int R, class T>
 DFL_INLINE void find_row_maxima(const Rows<T>& it, float* max) {
-  __builtin_prefetch(reinterpret_cast<const char*>(it.logits + it.offsets[0]) + kPageAhead);
+  if (it.ahead) {
+    __builtin_prefetch(reinterpret_cast<const char*>(it.logits + it.offsets[0]) + kPageAhead);
+  }
   for (int lane = 0; lane < it.lanes; lane += kRows) {
     Vectors<R> z;
     DFL_UNROLL for (int i = 0; i < kRows; ++i) {
@@ -65,15 +70,15 @@ DFL_INLINE void find_row_maxima(const Rows<T>& it, float* max) {
   }
 }
 
-// exp(z - max) of `count` rows.
+// exp(z - max) of rows begin to begin + count.
 template <int R, class T>
-DFL_INLINE void exps_of_rows(const T* logits, const int64_t* offsets, int count, const float* max,
+DFL_INLINE void exps_of_rows(const Rows<T>& it, int begin, int count, const float* max,
                              VecF (*e)[R]) {
   const Exps<VecF> exp;
   DFL_ROW_LOOP for (int i = 0; i < count; ++i) {
-    const T* row = logits + offsets[i];
-    __builtin_prefetch(row + kAheadInRow);
-    DFL_UNROLL for (int r = 0; r < R; ++r) e[i][r] = load_vector(row + r * kRows) - max[i];
+    const T* row = it.logits + it.offsets[begin + i];
+    __builtin_prefetch(it.logits + it.next[begin + i] + it.ahead);
+    DFL_UNROLL for (int r = 0; r < R; ++r) e[i][r] = load_vector(row + r * kRows) - max[begin + i];
     exp(e[i]);
   }
 }
@@ -131,7 +136,7 @@ DFL_INLINE void sum_exps_of_rows(const Rows<T>& it, const Bins<float>& bins, con
                                  const float* max, float* mass) {
   for (int lane = 0; lane < it.lanes; lane += kRows) {
     VecF e[kRows][R], sum, moment;
-    exps_of_rows<R>(it.logits, it.offsets + lane, kRows, max + lane, e);
+    exps_of_rows<R>(it, lane, kRows, max, e);
     sum_rows<R, kPosition>(e, bins, positions, sum, moment);
     store(mass + lane, sum);
     if (kPosition) store(it.position + lane, moment / sum);
@@ -150,7 +155,7 @@ DFL_INLINE void sum_exps_of_rows(const Rows<T>& it, const float* positions, cons
     const Exps<VecF> exp;
     DFL_ROW_LOOP for (int i = 0; i < it.lanes; ++i) {
       const T* row = it.logits + it.offsets[i];
-      __builtin_prefetch(row + kAheadInRow);
+      __builtin_prefetch(it.logits + it.next[i] + it.ahead);
       VecF e[R];
       DFL_UNROLL for (int r = 0; r < R; ++r) e[r] = load_vector(row + r * kRows) - max[i];
       exp(e);
@@ -222,7 +227,7 @@ void backward_rows(const Rows<T>& it, const Bins<float>& bins, const float* posi
   for (int lane = 0; lane < it.lanes; lane += kRows) {
     if (lane % kExpRows == 0) {
       const int count = std::min(kExpRows, it.lanes - lane);
-      exps_of_rows<R>(it.logits, it.offsets + lane, count, max + lane, e + lane);
+      exps_of_rows<R>(it, lane, count, max, e + lane);
     }
     VecF sum, moment;
     sum_rows<R, kPosition>(e + lane, bins, positions, sum, moment);
@@ -245,10 +250,12 @@ void backward_rows(const Rows<T>& it, const Bins<float>& bins, const float* posi
   T* const gradients = it.gradient;
   const int64_t* const offsets = it.gradient_offsets;
   const int count = it.count;
-  __builtin_prefetch(reinterpret_cast<char*>(gradients + offsets[0]) + kPageAhead, 1);
+  if (it.ahead) {
+    __builtin_prefetch(reinterpret_cast<char*>(gradients + offsets[0]) + kPageAhead, 1);
+  }
   _Pragma("GCC unroll 4") for (int i = 0; i < count; ++i) {
     T* to = gradients + offsets[i];
-    __builtin_prefetch(to + kAheadInRow, 1);
+    __builtin_prefetch(gradients + it.gradient_next[i] + it.ahead, 1);
     DFL_UNROLL for (int r = 0; r < R; ++r) {
       const VecF mass = e[i][r];
       VecF gradient;
