@@ -142,7 +142,7 @@ def cpu(recorded: dict[str, Any]) -> str:
     settings = recorded["settings"]
     columns = ("work", "against", "asked", "measured", "default allocator", "fastest peer")
     text = [
-        _table(columns, map(_goal, recorded["goals"])),
+        _table(columns, [_goal(goal) for goal in recorded["goals"] if not _of_boxes(goal)]),
         f"Peer's time over dflkern's for equal work, minima over {settings['rounds']} interleaved "
         "rounds in one process that keeps freed memory "
         f"({' '.join(f'`{name}={value}`' for name, value in settings['allocator'].items())}); the "
@@ -172,6 +172,11 @@ def cpu(recorded: dict[str, Any]) -> str:
     return "\n\n".join(text)
 
 
+def _of_boxes(goal: dict[str, Any]) -> bool:
+    """Whether a goal is of the run recorded in boxes.json."""
+    return bool(goal["work"].startswith("box path"))
+
+
 def boxes(recorded: dict[str, Any]) -> str:
     """Time, kernels and bytes of the box path of a step, and of Ultralytics' own loss."""
     names = {"boxes": "the box path, {}", "ultralytics": "Ultralytics' step: {}"}
@@ -190,8 +195,12 @@ def boxes(recorded: dict[str, Any]) -> str:
                 )  # fmt: skip
     columns = ("step", "side", "time", "kernels", "tensors made", "kept for backward", "ratio")
     settings = recorded["settings"]
+    goals = _table(
+        ("asked of", "against", "asked", "measured"),
+        [_goal(goal)[:4] for goal in recorded["goals"] if _of_boxes(goal)],
+    )
     return (
-        f"{_table(columns, rows)}\n\n"
+        f"{_table(columns, rows)}\n\n{goals}\n\n"
         f"Forward and backward, minima over {settings['rounds']} interleaved rounds in one process "
         "that keeps freed memory; images × anchors, 100 anchors of the foreground an image, class "
         "scores passed as they are. The last step is the DFL part of the one before it. On "
@@ -238,11 +247,13 @@ def precision(recorded: dict[str, Any]) -> str:
 def _goal(goal: dict[str, Any]) -> tuple[str, ...]:
     unit, measured, other = goal["unit"], goal["measured"], goal.get("default_allocator")
     fastest = goal.get("fastest_of_its_kind")
-    value = "not measured" if measured is None else f"{measured:.2f}{unit}"
+    at_most = goal.get("at_most", False)
+    digits = ".3g" if at_most else ".2f"
+    value = "not measured" if measured is None else f"{measured:{digits}}{unit}"
     return (
         goal["work"],
         goal["against"],
-        f"{goal['asked']:g}{unit}",
+        f"{'≤ ' * at_most}{goal['asked']:g}{unit}",
         f"**{value}**" if goal["met"] is False else value,
         "" if other is None else f"{other:.1f}{unit}",
         f"{fastest['ratio']:.2f}×, {fastest['peer']}" if fastest else "",

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16, help="images in the timed loss")
     parser.add_argument("--size", type=int, default=640, help="pixels of these images")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)
     if any(os.environ.get(name) != value for name, value in KEPT.items()):
