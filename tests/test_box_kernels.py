@@ -121,6 +121,34 @@ def test_gradient_off_the_foreground_is_exactly_zero(layout):
     assert (of_anchors[foreground] != 0).any(-1).all()
 
 
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("share", [0.01, 0.9])
+def test_a_gradient_larger_than_caches_is_written_whole(layout, share):
+    """Its zeros bypass the caches, between the rows of the foreground and in pieces of threads."""
+    anchors = 8400
+    logits, dim = logits_of(layout, 16, torch.float32, anchors)
+    points, boxes, _ = step_of(16, anchors)
+    foreground = torch.rand(3, anchors) < share
+    foreground[0, :3] = foreground[2, -3:] = True
+    weight = torch.rand(3, anchors)
+    weight[:, ::7] = 0  # marked, and yet without a gradient
+
+    leaf = logits.detach().requires_grad_()
+    found = {}
+    for backend in ("reference", "cpu"):
+        with dflkern.use_backend(backend):
+            losses = dflkern.box_loss(
+                leaf, points, boxes, weight, 50.0, dim=dim, foreground=foreground
+            )
+        torch.full_like(leaf, torch.nan)  # what is allocated next finds this
+        found[backend] = torch.autograd.grad(sum(losses), leaf)[0]
+    check([(found["cpu"], found["reference"])], torch.float32)
+    of_anchors = found["cpu"] if dim == 3 else found["cpu"].permute(0, 3, 1, 2)
+    active = foreground & (weight != 0)
+    assert (of_anchors[~active] == 0).all()
+    assert (of_anchors[active] != 0).any(-1).all()
+
+
 @pytest.mark.parametrize("normalizer", [0.0, float("nan"), 1.0])
 def test_nothing_in_the_foreground(normalizer):
     logits, _ = logits_of("rows", 16, torch.float32, 5)
