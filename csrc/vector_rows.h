@@ -226,7 +226,7 @@ void backward_rows(const Rows<T>& it, const Bins<float>& bins, const float* posi
   find_row_maxima<R>(it, max);
   for (int lane = 0; lane < it.lanes; lane += kRows) {
     if (lane % kExpRows == 0) {
-      const int count = std::min(kExpRows, it.lanes - lane);
+      const int count = kExpRows == kRows ? kRows : it.lanes - lane;
       exps_of_rows<R>(it, lane, count, max, e + lane);
     }
     VecF sum, moment;
