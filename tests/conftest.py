@@ -16,7 +16,16 @@ from dflkern import cuda_library, eager, native
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    words = "run every N-th of the tests that are selected, such as a sample of -m ptx_full"
+    parser.addoption("--every", type=int, default=1, metavar="N", help=words)
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    every = config.getoption("every")
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % every])
+    items[:] = items[::every]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU, and torch.cuda.is_available() is False")
