@@ -218,7 +218,7 @@ FAULTS = {
         f"{LANE} ld.global.b32 %r4, [%d3]; shfl.sync.bfly.b32 %r4, %r4, 1, 31, 1; {STORE}",
         {},
     ),
-    "not emulated: sqrt.rn.f32": (f"{LANE} sqrt.rn.f32 %f1, %f2; {STORE}", {}),
+    "not emulated: tanh.approx.f32": (f"{LANE} tanh.approx.f32 %f1, %f2; {STORE}", {}),
     "shared memory out of bounds": (
         LANE + EXCHANGE.format(between="bar.sync 0;") + STORE,
         {"threads": 64, "module": SHARED.replace("256", "128")},
@@ -241,6 +241,17 @@ def test_undefined_input_is_no_fault_until_it_is_stored():
     assert out.array().tolist() == [*range(7), *[9] * 25]
     with pytest.raises(PtxError, match=r"stores an undefined value.*thread 7"):
         launch(f"{LANE} ld.global.b32 %r4, [%d3]; {STORE}", source, defined=chosen)
+
+
+def test_half_of_a_pair_may_stay_undefined():
+    """As compilers leave it where two operations are done as one, and one of them is not needed."""
+    source = np.arange(32, dtype=np.float32)
+    pair = "mov.b64 %d6, {%r4, %r9}; add.rn.f32x2 %d6, %d6, %d6;"
+    body = f"{LANE} ld.global.b32 %r4, [%d3]; {pair}"
+    out, _ = launch(f"{body} mov.b64 {{%r4, %r5}}, %d6; {STORE}", source)
+    assert out.array().view(np.float32).tolist() == (source * 2).tolist()
+    with pytest.raises(PtxError, match="stores an undefined value"):
+        launch(f"{body} mov.b64 {{%r5, %r4}}, %d6; {STORE}", source)
 
 
 def test_a_barrier_orders_shared_memory():

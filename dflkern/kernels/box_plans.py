@@ -63,6 +63,8 @@ def _constants(op: str, problem: BoxProblem) -> dict[str, Any]:
     bins, granule = problem.num_bins, 16 // problem.dtype.itemsize
     unroll = bins <= UNROLLED_BINS
     chunk = granule if unroll and whole_granules(op, problem) else 1
+    if op.endswith("_backward") and bins < 16:
+        chunk = 1  # Triton would take these tiles through shared memory
     constants: dict[str, Any] = {"K": bins, "PROJECT": problem.project}
     if op.startswith("decode_boxes"):
         constants |= {"STRIDE": problem.stride, "XYWH": problem.box_format == "xywh"}

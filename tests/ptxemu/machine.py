@@ -8,7 +8,7 @@ from . import counting, opcodes
 from .memory import AccessError, Buffer, GlobalMemory
 from .parse import Immediate, Kernel, Not, PtxError, Register, Special, Symbol
 from .shared import SharedMemory
-from .values import UNSIGNED, Type, from_bits, to_bits
+from .values import UNSIGNED, Type, either, from_bits, to_bits
 
 LANES = 1 << 16  # threads executed side by side
 PREDICATE = Type("p", 1)
@@ -106,7 +106,7 @@ class Machine:
             for axis, length in zip("xyz", extent, strict=True):
                 self.special[f"{name}.{axis}"] = np.full(size, length)
         self.shared = SharedMemory(count, self.shared_size)
-        self.registers, self.undefined = {}, {}
+        self.registers, self.undefined, self.parts = {}, {}, {}
         self.live = np.ones(size, bool)
 
     def _run(self):
@@ -202,20 +202,35 @@ class Machine:
 
     def undefined_of(self, *operands):
         """In which threads any of the operands is undefined, None if in none."""
-        result = None
+        masks = []
         for operand in operands:
             operand = operand.predicate if isinstance(operand, Not) else operand
             if isinstance(operand, Register):
                 self._register(operand.name)
-                mask = self.undefined[operand.name]
-                if mask is not None:
-                    result = mask if result is None else result | mask
-        return result
+                masks.append(self.undefined[operand.name])
+        return either(masks)
+
+    def undefined_parts(self, operand, count):
+        """`undefined_of` each of so many parts of an operand."""
+        found = self.parts.get(operand.name, ()) if isinstance(operand, Register) else ()
+        return found if len(found) == count else (self.undefined_of(operand),) * count
+
+    def write_parts(self, operand, value, type, mask, parts):
+        """`write` what is put together of parts, each of which may be undefined."""
+        before = self.undefined_parts(operand, len(parts))
+        self.write(operand, value, type, mask, either(parts))
+        if mask is not None:
+            parts = tuple(
+                np.where(mask, *(np.False_ if p is None else p for p in pair))
+                for pair in zip(parts, before, strict=True)
+            )
+        self.parts[operand.name] = parts
 
     def write(self, operand, value, type, mask, undefined=None):
         """Set a register in the threads of mask (None: in all) to numbers of a type."""
         if operand == Symbol("_"):
             return
+        self.parts.pop(operand.name, None)
         bits = self.kernel.registers[operand.name]
         if bits == 1:
             value = np.asarray(value, bool)

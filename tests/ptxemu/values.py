@@ -102,3 +102,9 @@ def _halves(values):
     scaled = values * 134217729.0  # 2²⁷ + 1
     high = scaled - (scaled - values)
     return high, values - high
+
+
+def either(masks):
+    """Where any of the masks is true; None stands for nowhere."""
+    masks = [mask for mask in masks if mask is not None]
+    return np.logical_or.reduce(np.broadcast_arrays(*masks)) if masks else None

@@ -20,15 +20,16 @@ ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 @opcode("mov", "b16 b32 b64 u16 u32 u64 s16 s32 s64 f32 f64")
 def move(machine, instruction, mask):
-    """Also packs a vector into a register, and unpacks it."""
+    """Also packs a vector into a register, and unpacks it; unused parts may be undefined."""
     destination, source = instruction.operands
     type = Type("b", instruction.type.bits)
     if isinstance(destination, Vector):
-        value, undefined = machine.read(source, type), machine.undefined_of(source)
+        value = machine.read(source, type)
+        undefined = machine.undefined_parts(source, len(destination.items))
         part = Type("b", type.bits // len(destination.items))
         for i, item in enumerate(destination.items):
             piece = (value >> UNSIGNED[type.bits](i * part.bits)).astype(UNSIGNED[part.bits])
-            machine.write(item, piece, part, mask, undefined)
+            machine.write(item, piece, part, mask, undefined[i])
         return
     sources = source.items if isinstance(source, Vector) else (source,)
     part = Type("b", type.bits // len(sources))
@@ -36,7 +37,11 @@ def move(machine, instruction, mask):
     for i, item in enumerate(sources):
         piece = machine.read(item, part).astype(UNSIGNED[type.bits])
         value = value | piece << UNSIGNED[type.bits](i * part.bits)
-    machine.write(destination, value, type, mask, machine.undefined_of(*sources))
+    undefined = tuple(machine.undefined_of(item) for item in sources)
+    if len(sources) == 1:
+        machine.write(destination, value, type, mask, *undefined)
+    else:
+        machine.write_parts(destination, value, type, mask, undefined)
 
 
 @opcode("mov", "pred")

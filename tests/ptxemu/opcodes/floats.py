@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from ..values import TYPES, flush, fused_multiply_add
+from ..values import TYPES, either, flush, fused_multiply_add
 from . import opcode
 
 BINARY = {
@@ -70,7 +70,9 @@ def paired(machine, instruction, mask):
         for o in operands
     ]
     result = function(*(pair.view(np.float32) for pair in pairs)).view(np.uint64)
-    machine.write(destination, result, TYPES["b64"], mask, machine.undefined_of(*operands))
+    halves = zip(*(machine.undefined_parts(o, 2) for o in operands), strict=True)
+    undefined = tuple(either(masks) for masks in halves)
+    machine.write_parts(destination, result, TYPES["b64"], mask, undefined)
 
 
 @opcode("add sub fma", "f32 f16 bf16", "rn")
