@@ -43,23 +43,6 @@ DFL_INLINE VecF high_halves(VecF a, VecF b) {
 DFL_INLINE VecF even_lanes(VecF a, VecF b) { return _mm512_shuffle_ps(a, b, 0x88); }
 DFL_INLINE VecF odd_lanes(VecF a, VecF b) { return _mm512_shuffle_ps(a, b, 0xdd); }
 
-// Lane i of the result combines all lanes of vectors[i].
-template <class Combine>
-DFL_INLINE VecF across(const VecF* vectors, Combine combine) {
-  VecF fours[4];
-  DFL_UNROLL for (int i = 0; i < 4; ++i) {
-    const VecF* v = vectors + 4 * i;
-    const VecF a = combine(low_pairs(v[0], v[1]), high_pairs(v[0], v[1]));
-    const VecF b = combine(low_pairs(v[2], v[3]), high_pairs(v[2], v[3]));
-    fours[i] = combine(low_halves(a, b), high_halves(a, b));
-  }
-  const VecF a = combine(VecF(_mm512_shuffle_f32x4(fours[0], fours[1], 0x44)),
-                         VecF(_mm512_shuffle_f32x4(fours[0], fours[1], 0xee)));
-  const VecF b = combine(VecF(_mm512_shuffle_f32x4(fours[2], fours[3], 0x44)),
-                         VecF(_mm512_shuffle_f32x4(fours[2], fours[3], 0xee)));
-  return combine(VecF(_mm512_shuffle_f32x4(a, b, 0x88)), VecF(_mm512_shuffle_f32x4(a, b, 0xdd)));
-}
-
 #elif defined(__AVX2__) && defined(__F16C__)
 
 template <class T>
@@ -77,19 +60,6 @@ DFL_INLINE VecF high_halves(VecF a, VecF b) { return _mm256_shuffle_ps(a, b, 0xe
 DFL_INLINE VecF even_lanes(VecF a, VecF b) { return _mm256_shuffle_ps(a, b, 0x88); }
 DFL_INLINE VecF odd_lanes(VecF a, VecF b) { return _mm256_shuffle_ps(a, b, 0xdd); }
 
-template <class Combine>
-DFL_INLINE VecF across(const VecF* vectors, Combine combine) {
-  VecF fours[2];
-  DFL_UNROLL for (int i = 0; i < 2; ++i) {
-    const VecF* v = vectors + 4 * i;
-    const VecF a = combine(low_pairs(v[0], v[1]), high_pairs(v[0], v[1]));
-    const VecF b = combine(low_pairs(v[2], v[3]), high_pairs(v[2], v[3]));
-    fours[i] = combine(low_halves(a, b), high_halves(a, b));
-  }
-  return combine(VecF(_mm256_permute2f128_ps(fours[0], fours[1], 0x20)),
-                 VecF(_mm256_permute2f128_ps(fours[0], fours[1], 0x31)));
-}
-
 #else
 
 template <class T>
@@ -98,6 +68,28 @@ constexpr bool kHasRows = false;
 #endif
 
 #if defined(__AVX2__) && defined(__F16C__)
+
+// Lane i of the result combines all lanes of vectors[i].
+template <class Combine>
+DFL_INLINE VecF across(const VecF* vectors, Combine combine) {
+  VecF fours[kRows / 4];
+  DFL_UNROLL for (int i = 0; i < kRows / 4; ++i) {
+    const VecF* v = vectors + 4 * i;
+    const VecF a = combine(low_pairs(v[0], v[1]), high_pairs(v[0], v[1]));
+    const VecF b = combine(low_pairs(v[2], v[3]), high_pairs(v[2], v[3]));
+    fours[i] = combine(low_halves(a, b), high_halves(a, b));
+  }
+#if defined(__AVX512F__)
+  const VecF a = combine(VecF(_mm512_shuffle_f32x4(fours[0], fours[1], 0x44)),
+                         VecF(_mm512_shuffle_f32x4(fours[0], fours[1], 0xee)));
+  const VecF b = combine(VecF(_mm512_shuffle_f32x4(fours[2], fours[3], 0x44)),
+                         VecF(_mm512_shuffle_f32x4(fours[2], fours[3], 0xee)));
+  return combine(VecF(_mm512_shuffle_f32x4(a, b, 0x88)), VecF(_mm512_shuffle_f32x4(a, b, 0xdd)));
+#else
+  return combine(VecF(_mm256_permute2f128_ps(fours[0], fours[1], 0x20)),
+                 VecF(_mm256_permute2f128_ps(fours[0], fours[1], 0x31)));
+#endif
+}
 
 // What is left of four vectors: sums over the lanes of each four, and those of 0, 1, 2, 3 times
 // them.
