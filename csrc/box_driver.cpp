@@ -82,7 +82,8 @@ void check_loss(Storage storage, int bins, int64_t batch, int64_t anchors, bool 
   }
   for (int64_t i = 0; i < 2 * anchors; ++i) points[i] = static_cast<F>(uniform(random) * 20);
   for (int64_t i = 0; i < count; ++i) {
-    mask[i] = uniform(random) < 0.5;
+    // Any byte but 0 means foreground
+    mask[i] = uniform(random) < 0.5 ? 1 + i % 255 : 0;
     weight[i] = i % 5 ? static_cast<float>(uniform(random)) : 0;
     for (int s = 0; s < kSides; ++s) {
       const F reach = static_cast<F>(uniform(random) * (bins + 1));

@@ -39,8 +39,9 @@ void with_storage(Storage storage, Function function) {
   }
 }
 
-// The anchors of one image whose mask is set; most masks are mostly empty.
-void list_set(const bool* mask, int64_t stride, int64_t anchors, int64_t first,
+// The anchors of one image whose mask byte is not 0; most masks are mostly empty. A bool tensor may
+// hold any byte, for example as a view of uint8, so each counts as set once, whatever its bits.
+void list_set(const uint8_t* mask, int64_t stride, int64_t anchors, int64_t first,
               std::vector<int64_t>& found) {
   constexpr int kEight = 8;
   int64_t a = 0;
@@ -50,14 +51,17 @@ void list_set(const bool* mask, int64_t stride, int64_t anchors, int64_t first,
     std::memcpy(eights, mask + a, sizeof(eights));
     if ((eights[0] | eights[1] | eights[2] | eights[3]) == 0) continue;
     for (int e = 0; e < 4; ++e) {
-      // A bool is a byte of 0 or 1, and the first of eight the lowest.
-      for (uint64_t left = eights[e]; left != 0; left &= left - 1) {
+      // Lowest bit of a byte: the OR of its eight bits. The first of eight bytes is the lowest.
+      uint64_t left = eights[e] | eights[e] >> 4;
+      left |= left >> 2;
+      left = (left | left >> 1) & 0x0101010101010101;
+      for (; left != 0; left &= left - 1) {
         found.push_back(first + a + e * kEight + __builtin_ctzll(left) / 8);
       }
     }
   }
   for (; a < anchors; ++a) {
-    if (mask[a * stride]) found.push_back(first + a);
+    if (mask[a * stride] != 0) found.push_back(first + a);
   }
 }
 

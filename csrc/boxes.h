@@ -50,7 +50,7 @@ struct BoxLoss {
   const void* points;        // (anchors, 2), in the type of the arithmetic, contiguous
   const void* target_boxes;  // (batch, anchors, 4) as xyxy, likewise
   Weights weight;
-  const bool* foreground;  // or null: all anchors
+  const uint8_t* foreground;  // 0: background; null: no mask
   int64_t foreground_batch_stride, foreground_anchor_stride;
   Iou iou;
 

@@ -1,6 +1,7 @@
 // The CPU operators on boxes: _cpu_<name> computes what the function <name> of dflkern/reference.py
 // does, for logits (B, A, 4, K) with dim = 3 or (B, 4, K, A) with dim = 2, of any strides.
 
+#include <functional>
 #include <tuple>
 
 #include "boxes.h"
@@ -144,9 +145,10 @@ void set_targets(OwnedBoxLoss& of, const Tensor& target_boxes, const Tensor& wei
                  strides[0], strides[1], scores ? strides[2] : 0};
   if (foreground) {
     STD_TORCH_CHECK(foreground->is_cpu() && foreground->scalar_type() == ScalarType::Bool &&
-                        foreground->numel() == loss.batch * loss.anchors,
+                        foreground->sizes().size() == 2 && foreground->sizes()[0] == loss.batch &&
+                        foreground->sizes()[1] == loss.anchors,
                     "dflkern: foreground must be (B, A) of bool on the CPU");
-    loss.foreground = static_cast<const bool*>(foreground->const_data_ptr());
+    loss.foreground = static_cast<const uint8_t*>(foreground->const_data_ptr());
     loss.foreground_batch_stride = foreground->strides()[0];
     loss.foreground_anchor_stride = foreground->strides()[1];
   }
@@ -252,8 +254,15 @@ Tensor box_loss_backward_kept(Tensor grad_iou, Tensor grad_dfl, Tensor logits,
                       kept.scalar_type() == compute_type(of.loss.call) && kept.is_contiguous() &&
                       kept.numel() == kKept * count,
                   "dflkern: candidates and what is kept of them must be as box_loss made them");
+  const auto* first = static_cast<const int64_t*>(candidates.const_data_ptr());
+  // They are read and written by these indices
+  const bool ascending = std::adjacent_find(first, first + count, std::greater_equal<int64_t>()) ==
+                         first + count;
+  STD_TORCH_CHECK(ascending && (count == 0 || (first[0] >= 0 &&
+                                               first[count - 1] < of.loss.batch * of.loss.anchors)),
+                  "dflkern: candidates must be ascending indices of anchors");
   of.loss.kept = kept.const_data_ptr();
-  set_candidates(of.loss, static_cast<const int64_t*>(candidates.const_data_ptr()), count);
+  set_candidates(of.loss, first, count);
   return gradient_of(of.loss, grad_iou, grad_dfl, logits, normalizer, dim);
 }
 

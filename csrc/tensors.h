@@ -75,12 +75,14 @@ inline Call describe(const Tensor& logits, int64_t dim, double margin, OutputSha
   call.margin = margin;
   call.count = 1;
   output.dims = dims - 1;
-  for (int64_t a = dims - 1, o = output.dims; a >= 0; --a) {
+  // As torch has it, an axis without elements takes the stride of one with a single element
+  for (int64_t a = dims - 1, o = output.dims, stride = 1; a >= 0; --a) {
     if (a == dim) continue;
     output.sizes[--o] = sizes[a];
-    output.strides[o] = call.count;
-    call.axis[o] = {sizes[a], strides[a], call.count, 0};
+    output.strides[o] = stride;
+    call.axis[o] = {sizes[a], strides[a], stride, 0};
     call.count *= sizes[a];
+    stride *= std::max<int64_t>(sizes[a], 1);
   }
   call.axes = static_cast<int>(output.dims);
   return call;

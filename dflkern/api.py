@@ -261,8 +261,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
 
 
 def _call(op: str, bound: tuple[Any, ...]) -> Any:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        # Exporters, and the runtimes that match patterns in what they write, see plain PyTorch.
+    if (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or implementations.transformed()
+    ):
+        # Exporters, and the runtimes that match patterns in what they write, see plain PyTorch;
+        # torch.func and forward-mode AD differentiate it.
         named = dict(zip(arguments.NAMES[op], bound, strict=True))
         logits = named["logits"]
         named["project"] = implementations.resolve_project(

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import implementations, ops, reductions
 from .problem import compute_dtype
@@ -26,12 +25,10 @@ def serves(logits: Tensor, backend: str) -> bool:
     """Whether a call may go the short way."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and ENABLED
         and type(logits) is Tensor
         and implementations.serves_cpu(logits, backend)
-        and not is_in_torch_dispatch_mode()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not implementations.observed()
     )
 
 
@@ -126,7 +123,7 @@ class _Loss(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         """Save logits, target and weight, and run."""
-        ctx.save_for_backward(logits, target, w, weight)
+        implementations.save_for_backward(ctx, logits, target, w, weight)
         ctx.rest = dim, margin, reduction
         return _loss(logits, target, w, dim, margin, weight, reduction)
 
@@ -152,7 +149,7 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, w: Tensor | None, dim: int) -> Tensor:
         """Save the logits, and run."""
-        ctx.save_for_backward(logits, w)
+        implementations.save_for_backward(ctx, logits, w)
         ctx.dim = dim
         position: Tensor = operator_of("dfl_decode")(logits, w, dim)
         return position
@@ -176,7 +173,7 @@ class _LossAndDecode(torch.autograd.Function):
         ctx: Any, logits: Tensor, target: Tensor, w: Tensor | None, dim: int, margin: float
     ) -> Any:
         """Save logits and target, and run."""
-        ctx.save_for_backward(logits, target, w)
+        implementations.save_for_backward(ctx, logits, target, w)
         ctx.set_materialize_grads(False)
         ctx.rest = dim, margin
         return operator_of("dfl_loss_and_decode")(logits, target, w, dim, margin)

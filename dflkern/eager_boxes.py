@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import implementations, ops
 from .checks import IOU_KINDS
 from .eager import operator_of, project_of
 
@@ -53,7 +53,7 @@ class _DecodeBoxes(torch.autograd.Function):
         box_format: str,
     ) -> Tensor:
         """Save what the backward reads, and run."""
-        ctx.save_for_backward(logits, stride, w)
+        implementations.save_for_backward(ctx, logits, stride, w)
         ctx.rest = dim, box_format
         boxes: Tensor = operator_of("decode_boxes")(
             logits, points, stride, w, dim, box_format == "xywh"
@@ -83,7 +83,7 @@ class _BoxLoss(torch.autograd.Function):
         """Run, and save the logits and a few numbers of each anchor in the foreground."""
         logits, points, _, _, normalizer, _, w, dim, margin, kind = arguments
         iou_loss, dfl_loss, *kept = operator_of("box_loss_keep")(*arguments)
-        ctx.save_for_backward(logits, points, *kept, normalizer, w)
+        implementations.save_for_backward(ctx, logits, points, *kept, normalizer, w)
         ctx.rest = dim, margin, kind
         return iou_loss, dfl_loss
 

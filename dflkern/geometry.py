@@ -6,13 +6,14 @@ anchor point beyond column 128 is off by half a cell, and a distance of 14.99 be
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .checks import BOX_FORMATS, check_boxes, check_choice, check_margin, check_tensor
-from .problem import compute_dtype
+from .problem import compute_dtype, savable
 
 
 def make_anchors(
@@ -44,13 +45,14 @@ def make_anchors(
             f"make_anchors: {len(sizes)} sizes and {len(strides)} strides were given; each level "
             "needs one (height, width) and one stride."
         )
-    points, steps = [torch.zeros(0, 2, device=device)], [torch.zeros(0, 1, device=device)]
+    new = functools.partial(torch.full, dtype=torch.float32, device=device)
+    points, steps = [new((0, 2), 0.0)], [new((0, 1), 0.0)]
     for (height, width), stride in zip(sizes, strides, strict=True):
         y = torch.arange(height, device=device, dtype=torch.float32) + offset
         x = torch.arange(width, device=device, dtype=torch.float32) + offset
         rows, columns = torch.meshgrid(y, x, indexing="ij")
         points.append(torch.stack((columns, rows), -1).reshape(-1, 2))
-        steps.append(torch.full((height * width, 1), float(stride), device=device))
+        steps.append(new((height * width, 1), float(stride)))
     return torch.cat(points), torch.cat(steps)
 
 
@@ -161,7 +163,7 @@ def dfl_targets(
         raise ValueError(f"dfl_targets: num_bins={num_bins}; a distribution has at least 2 bins.")
     boxes, anchor_points = same_precision(boxes_in_pixels, anchor_points)
     if isinstance(stride, Tensor):
-        stride = column(stride).to(boxes.dtype)
+        stride = column(savable(stride)).to(boxes.dtype)
     return bbox2dist(anchor_points / stride, boxes / stride, num_bins - 1, margin=margin)
 
 
@@ -182,4 +184,4 @@ def _check_anchors(op: str, anchor_points: Tensor) -> None:
 def same_precision(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both in fp64 if one is, else both in fp32."""
     dtype = compute_dtype(torch.promote_types(a.dtype, b.dtype))
-    return a.to(dtype), b.to(dtype)
+    return savable(a).to(dtype), savable(b).to(dtype)

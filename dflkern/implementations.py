@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import CInterpreter
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import backends, native, reference
 from .box_problem import BoxProblem, describe_boxes
 from .checks import IOU_KINDS
-from .problem import compute_dtype, describe_tensor
+from .problem import compute_dtype, describe_tensor, savable
 
 Positions = Sequence[float] | None
 
@@ -28,15 +32,54 @@ def resolve_project(
     """The bins' positions, contiguous in a compute dtype; None for 0, 1, …, K − 1."""
     if project is not None:
         return project.to(dtype).contiguous()
-    if positions is not None:
-        return _positions_on(tuple(positions), dtype, device)
-    return None
+    if positions is None:
+        return None
+    if observed():  # the tensor belongs to whoever observes
+        return torch.tensor(positions, dtype=dtype, device=device)
+    return _cached_positions(tuple(positions), dtype, device)
+
+
+def observed() -> bool:
+    """Whether a dispatch mode, torch.jit.trace or a transform sees the operations of a call."""
+    return (
+        is_in_torch_dispatch_mode()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or transformed()
+    )
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work.
+
+    Both need the derivative of every operation of a call, which the reference has.
+    """
+    # By its type, since torch.compile traces this line and cannot compare it with None
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return forward_ad._current_level >= 0 or isinstance(interpreter, CInterpreter)
+
+
+def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """ctx.save_for_backward, which refuses tensors made in inference mode: copies of those."""
+    ctx.save_for_backward(*(None if t is None else savable(t) for t in tensors))
 
 
 @functools.lru_cache(maxsize=64)
-def _positions_on(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
+def _cached_positions(
+    values: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A tensor that any later call may use, whatever the mode of the call that made it.
+
+    Modes (inference, FakeTensorMode, a memory pool of torch.compile's CUDA graphs) hold for a
+    thread, so the tensor is made in a thread of its own.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dflkern: the project given as numbers is not on the device yet, and it cannot be "
+            "copied there while a CUDA graph is being captured. Run the call once before the "
+            "capture, or pass project as a tensor."
+        )
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(torch.tensor, values, dtype=dtype, device=device).result()
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

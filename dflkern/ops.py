@@ -52,7 +52,17 @@ _SCHEMAS = (
     f"box_loss_backward(Tensor grad_iou, Tensor grad_dfl, {_BOX_LOSS}) -> Tensor",
 )
 
-_library = torch.library.Library("dflkern", "DEF")
+
+def _own_library() -> torch.library.Library:
+    """The registrations of this import; those of an earlier import of dflkern are taken back."""
+    namespace = vars(torch.ops.dflkern)
+    if "registrations" in namespace:
+        namespace["registrations"]._destroy()
+    namespace["registrations"] = library = torch.library.Library("dflkern", "FRAGMENT")
+    return library
+
+
+_library = _own_library()
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -105,7 +115,7 @@ def _register_distribution_op(op: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         logits, target, project, *ctx.rest = _split(op, inputs)
-        ctx.save_for_backward(logits, target, project)
+        implementations.save_for_backward(ctx, logits, target, project)
         ctx.set_materialize_grads(False)
 
     def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -172,7 +182,7 @@ def decode_boxes_backward(*arguments: Any) -> Any:
 
 def _decode_boxes_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logits, _, stride, project, *ctx.rest = inputs
-    ctx.save_for_backward(logits, stride, project)
+    implementations.save_for_backward(ctx, logits, stride, project)
 
 
 def _decode_boxes_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -220,7 +230,7 @@ def box_loss_backward(*arguments: Any) -> Any:
 
 def _box_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, positions, dim, margin, iou, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    implementations.save_for_backward(ctx, *tensors)
     ctx.rest = positions, dim, margin, iou
 
 

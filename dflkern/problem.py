@@ -17,6 +17,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def savable(tensor: Tensor) -> Tensor:
+    """The tensor as autograd can save it: a copy of one that was made in inference mode."""
+    if torch.compiler.is_compiling():  # which cannot ask
+        return tensor
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return tensor.clone()
+    return tensor
+
+
 class Axis(NamedTuple):
     """One axis that holds distributions: its size, and its stride in elements in each tensor."""
 
@@ -109,16 +118,20 @@ def describe(
     gradient = torch.empty_like(logits)
     others = [axis for axis in range(len(shape)) if axis != dim]
     sizes = [shape[axis] for axis in others]
-    axes = merge(
-        [
-            Axis(
-                size,
-                stride[axis],
-                math.prod(sizes[i + 1 :]),
-                gradient.stride(axis),
-            )
-            for i, (axis, size) in enumerate(zip(others, sizes, strict=True))
-        ]
+    axes = (
+        (Axis(0, 0, 0, 0),)
+        if 0 in sizes
+        else merge(
+            [
+                Axis(
+                    size,
+                    stride[axis],
+                    math.prod(sizes[i + 1 :]),
+                    gradient.stride(axis),
+                )
+                for i, (axis, size) in enumerate(zip(others, sizes, strict=True))
+            ]
+        )
     )
     if len(axes) > 3:
         copy = torch.empty(shape, device="meta").stride()

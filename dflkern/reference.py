@@ -21,6 +21,7 @@ from torch import Tensor
 from .geometry import bbox2dist, column, dist2bbox
 from .iou import paired_box_iou, paired_box_iou_gradient
 from .problem import compute_dtype
+from .reductions import total
 
 
 def dfl_loss(
@@ -151,8 +152,8 @@ def box_loss(
     overlap = paired_box_iou(step.boxes, step.target_boxes, iou)
     loss = _sides_last(dfl_loss(step.logits, step.target, project, dim, margin), dim).mean(-1)
     return (
-        (step.weight * (1 - overlap)).sum() / step.normalizer,
-        (step.weight * loss).sum() / step.normalizer,
+        total(step.weight * (1 - overlap)) / step.normalizer,
+        total(step.weight * loss) / step.normalizer,
     )
 
 
@@ -215,11 +216,11 @@ def _box_step(
         weight = weight.sum(-1)
     active = weight != 0
     if foreground is not None:
-        active = active & foreground
+        active = active & (foreground.view(torch.uint8) != 0)  # a bool may be any byte
     everywhere = active[:, None, None, :] if dim == 2 else active[:, :, None, None]
     logits = torch.where(everywhere, logits.to(dtype), 0)
     target_boxes = torch.where(active.unsqueeze(-1), target_boxes.to(dtype), 0)
-    anchor_points = anchor_points.to(dtype)
+    anchor_points = torch.where(active.unsqueeze(-1), anchor_points.to(dtype), 0)
     target = bbox2dist(anchor_points, target_boxes)
     return _BoxStep(
         everywhere,
