@@ -76,14 +76,14 @@ void check_loss(Storage storage, int bins, int64_t batch, int64_t anchors, bool 
   const std::unique_ptr<T[]> gradient(new T[count * kSides * bins]());
   const std::unique_ptr<F[]> points(new F[2 * anchors]), boxes(new F[count * kSides]);
   const std::unique_ptr<float[]> weight(new float[count]);
-  const std::unique_ptr<bool[]> mask(new bool[count]);
+  const std::unique_ptr<uint8_t[]> mask(new uint8_t[count]);
   for (int64_t i = 0; i < count * kSides * bins; ++i) {
     narrow(static_cast<F>(uniform(random) * 6), logits[i]);
   }
   for (int64_t i = 0; i < 2 * anchors; ++i) points[i] = static_cast<F>(uniform(random) * 20);
   for (int64_t i = 0; i < count; ++i) {
     // Any byte but 0 means foreground
-    mask[i] = uniform(random) < 0.5 ? 1 + i % 255 : 0;
+    mask[i] = uniform(random) < 0.5 ? static_cast<uint8_t>(1 + i % 255) : 0;
     weight[i] = i % 5 ? static_cast<float>(uniform(random)) : 0;
     for (int s = 0; s < kSides; ++s) {
       const F reach = static_cast<F>(uniform(random) * (bins + 1));
