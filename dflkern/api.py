@@ -135,7 +135,7 @@ def dfl_loss_and_decode(
 def decode_boxes(
     logits: Tensor,
     anchor_points: Tensor,
-    stride: Tensor | None = None,
+    stride: Tensor | float | None = None,
     *,
     dim: int = -1,
     project: Project = None,
@@ -149,7 +149,7 @@ def decode_boxes(
         logits: (B, A, 4, K) with dim=-1, or (B, 4, K, A) with dim=2, which is a head's (B, 4K, A)
             viewed without a copy; sides in the order left, top, right, bottom.
         anchor_points: (A, 2) as (x, y) in cells, from `make_anchors`.
-        stride: pixels per cell, (A,) or (A, 1); None leaves the boxes in cells.
+        stride: pixels per cell: a number, (A,) or (A, 1); None leaves the boxes in cells.
         dim: the axis of the bins, -1 or 2.
         project: W, the position of each bin in cells; see `dfl_decode`.
         box_format: "xyxy", or "xywh" for centre, width and height.

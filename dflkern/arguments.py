@@ -20,6 +20,7 @@ from .checks import (
     check_choice,
     check_device,
     check_logits,
+    check_number,
     check_other,
     check_project,
     check_shape,
@@ -84,10 +85,17 @@ def dfl_decode(logits: Tensor, *, dim: int = -1, project: Project = None) -> tup
     return logits, w, positions, dim
 
 
+def _filled(op: str, name: str, value: float, shape: tuple[int, ...], logits: Tensor) -> Tensor:
+    """A number as a tensor: by a fill, where torch.tensor would be a copy from the host."""
+    dtype = compute_dtype(logits.dtype)
+    check_number(op, name, value, dtype)
+    return torch.full(shape, value, dtype=dtype, device=logits.device)
+
+
 def decode_boxes(
     logits: Tensor,
     anchor_points: Tensor,
-    stride: Tensor | None = None,
+    stride: Tensor | float | None = None,
     *,
     dim: int = -1,
     project: Project = None,
@@ -98,9 +106,11 @@ def decode_boxes(
     dim = check_box_logits(op, logits, dim)
     anchors = logits.shape[1 if dim == 3 else 3]
     check_anchor_points(op, anchor_points, logits, anchors)
-    if stride is not None:
+    if isinstance(stride, Tensor):
         check_other(op, "stride", stride, logits)
         check_shape(op, "stride", stride, (anchors, 1), (anchors,))
+    elif stride is not None:
+        stride = _filled(op, "stride", stride, (anchors,), logits)
     check_choice(op, "box_format", box_format, BOX_FORMATS)
     w, positions = check_project(op, project, 0.0, logits, logits.shape[dim])
     return logits, anchor_points, stride, w, positions, dim, box_format
@@ -134,15 +144,8 @@ def box_loss(
     if isinstance(normalizer, Tensor):
         check_other(op, "normalizer", normalizer, logits)
         check_shape(op, "normalizer", normalizer, ())
-    elif isinstance(normalizer, (int, float)):
-        # A fill, where torch.tensor would be a copy from the host
-        dtype = compute_dtype(logits.dtype)
-        normalizer = torch.full((), normalizer, dtype=dtype, device=logits.device)
     else:
-        raise TypeError(
-            f"{op}: normalizer is a {type(normalizer).__name__}; a float or a 0-dim tensor is "
-            "needed, the sum of the weights for example."
-        )
+        normalizer = _filled(op, "normalizer", normalizer, (), logits)
     if foreground is not None:
         if not isinstance(foreground, Tensor) or foreground.dtype != torch.bool:
             given = getattr(foreground, "dtype", type(foreground).__name__)

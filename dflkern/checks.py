@@ -6,9 +6,13 @@ device. Each sentence says what was given, what is accepted, and the way out.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from array import array
 from collections.abc import Sequence
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,24 +20,53 @@ from torch import Tensor
 Project: TypeAlias = Sequence[float] | Tensor | None
 
 MIN_BINS, MAX_BINS = 2, 256
-LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "mean", "sum", "sides")
 BOX_FORMATS = ("xyxy", "xywh")
 IOU_KINDS = ("iou", "giou", "diou", "ciou")
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """A floating-point tensor, or a TypeError."""
+    """A dense tensor of one of FLOAT_DTYPES, or a TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{op}: {name} is a {type(value).__name__}; a floating-point torch.Tensor is needed. "
             f"Convert it with torch.as_tensor({name}, dtype=torch.float32)."
         )
-    if not value.is_floating_point():
+    if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
-            f"{op}: {name} has dtype {value.dtype}; floating-point values are needed. "
-            f"Convert it with {name}.float()."
+            f"{op}: {name} has dtype {value.dtype}; float16, bfloat16, float32 and float64 are "
+            f"accepted. Convert it with {name}.{'dequantize' if value.is_quantized else 'float'}()."
         )
+    if value.is_nested or value.layout is not torch.strided:
+        kind, way = f"of layout {value.layout}", f"{name}.to_dense()"
+        if value.is_nested:
+            kind, way = "a nested tensor", f"torch.nested.to_padded_tensor({name}, 0.0)"
+        raise TypeError(f"{op}: {name} is {kind}; a dense tensor is needed. Convert it with {way}.")
+
+
+def check_number(op: str, name: str, value: Any, dtype: torch.dtype = torch.float64) -> None:
+    """A Python number that a dtype can hold."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{op}: {name} is {value!r}; a number is needed.")
+    size: Any = abs(value)
+    if math.inf > size > torch.finfo(dtype).max:
+        raise ValueError(
+            f"{op}: {name} is too large a number for {dtype}, in which the call is computed. Scale "
+            "it, or pass fp64 logits."
+        )
+
+
+def check_broadcast(op: str, **shapes: tuple[int, ...]) -> None:
+    """Leading axes that broadcast against each other."""
+    try:
+        torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        given = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"{op}: the shapes without their last axis are those of {given}, which do not "
+            "broadcast. Give each box one partner, or an axis of size 1 where one is shared."
+        ) from None
 
 
 def check_no_grad(op: str, name: str, value: Tensor) -> None:
@@ -64,18 +97,12 @@ def check_other(op: str, name: str, value: Tensor, logits: Tensor) -> None:
 def check_logits(op: str, logits: Tensor, dim: int) -> int:
     """Check logits and dim; return dim counted from the front."""
     check_tensor(op, "logits", logits)
-    if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(
-            f"{op}: logits have dtype {logits.dtype}; float16, bfloat16, float32 and float64 are "
-            "accepted. Convert them with logits.float()."
-        )
     if logits.ndim == 0:
         raise ValueError(
             f"{op}: logits have no dimension; at least one is needed, holding the bins of a "
             "distribution. A single distribution is a tensor of shape (num_bins,)."
         )
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{op}: dim is {dim!r}; an integer is needed, as in torch.softmax.")
+    check_dim(op, dim)
     if not -logits.ndim <= dim < logits.ndim:
         raise ValueError(
             f"{op}: dim={dim} is out of range for logits of shape {tuple(logits.shape)}; "
@@ -91,6 +118,17 @@ def check_logits(op: str, logits: Tensor, dim: int) -> int:
             "with one bin a side (reg_max: 1) has no DFL."
         )
     return dim
+
+
+def check_dim(op: str, dim: object, *accepted: int) -> None:
+    """An integer; one of a few, if those are given."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op}: dim is {dim!r}; an integer is needed, as in torch.softmax.")
+    if accepted and dim not in accepted:
+        raise ValueError(
+            f"{op}: dim={dim} names no axis of bins; {accepted[0]} or {accepted[1]} are accepted: "
+            "-1 for logits (B, A, 4, K), 2 for a head's (B, 4, K, A)."
+        )
 
 
 def check_target(op: str, target: Tensor, logits: Tensor, dim: int) -> None:
@@ -160,18 +198,28 @@ def check_project(
                 "position for each bin of the logits."
             )
         return project, None
-    values = [float(value) for value in project]
+    values = check_positions(op, project, margin, logits.dtype)
     if len(values) != num_bins:
         raise ValueError(
             f"{op}: project has {len(values)} positions for {num_bins} bins; one position for each "
             "bin is needed."
         )
-    check_positions(op, values, margin)
     return None, None if values == list(range(num_bins)) else values
 
 
-def check_positions(op: str, values: Sequence[float], margin: float) -> None:
-    """Finite, increasing, and wider than margin."""
+def check_positions(
+    op: str, project: object, margin: float, dtype: torch.dtype = torch.float64
+) -> list[float]:
+    """Finite, increasing in the compute dtype, and wider than margin; as a list of floats."""
+    try:
+        values = [float(value) for value in project]  # type: ignore[attr-defined]
+    except (TypeError, ValueError, OverflowError):
+        words = f"{op}: project is {project!r}; increasing floats, one for each bin, are needed."
+        raise TypeError(words) from None
+    if len(values) < MIN_BINS:
+        raise ValueError(
+            f"{op}: project has {len(values)} positions; one for each bin is needed, 2 at least."
+        )
     for k, value in enumerate(values):
         if not -math.inf < value < math.inf:
             raise ValueError(f"{op}: project[{k}] is {value}; finite positions are needed.")
@@ -185,6 +233,18 @@ def check_positions(op: str, values: Sequence[float], margin: float) -> None:
             f"{op}: margin={margin} is not below the width of project, {values[-1] - values[0]}; "
             "no target would be left. The margin is in the units of project."
         )
+    if dtype != torch.float64 and not _distinct_in_fp32(tuple(values)):
+        raise ValueError(
+            f"{op}: positions of project are equal or infinite in float32, in which the call is "
+            "computed. Shift or scale them, or pass fp64 logits."
+        )
+    return values
+
+
+@functools.lru_cache(maxsize=256)
+def _distinct_in_fp32(values: tuple[float, ...]) -> bool:
+    single = array("f", (-math.inf, *values, math.inf))
+    return all(a < b for a, b in itertools.pairwise(single))
 
 
 def check_choice(op: str, name: str, value: object, accepted: Sequence[str]) -> None:
@@ -236,10 +296,9 @@ def check_shape(op: str, name: str, value: Tensor, *shapes: tuple[int, ...]) -> 
         )
 
 
-def check_boxes(op: str, name: str, value: object) -> None:
+def check_boxes(op: str, name: str, value: Any) -> None:
     """A floating-point tensor of four numbers a box."""
     check_tensor(op, name, value)
-    assert isinstance(value, Tensor)
     if value.ndim == 0 or value.shape[-1] != 4:
         raise ValueError(
             f"{op}: {name} has shape {tuple(value.shape)}; the last axis must hold the 4 numbers "

@@ -7,12 +7,22 @@ anchor point beyond column 128 is off by half a cell, and a distance of 14.99 be
 from __future__ import annotations
 
 import functools
+import math
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .checks import BOX_FORMATS, check_boxes, check_choice, check_margin, check_tensor
+from .checks import (
+    BOX_FORMATS,
+    check_boxes,
+    check_broadcast,
+    check_choice,
+    check_margin,
+    check_number,
+    check_tensor,
+)
 from .problem import compute_dtype, savable
 
 
@@ -47,12 +57,13 @@ def make_anchors(
         )
     new = functools.partial(torch.full, dtype=torch.float32, device=device)
     points, steps = [new((0, 2), 0.0)], [new((0, 1), 0.0)]
-    for (height, width), stride in zip(sizes, strides, strict=True):
+    for size, stride in zip(sizes, strides, strict=True):
+        height, width = _size(size)
         y = torch.arange(height, device=device, dtype=torch.float32) + offset
         x = torch.arange(width, device=device, dtype=torch.float32) + offset
         rows, columns = torch.meshgrid(y, x, indexing="ij")
         points.append(torch.stack((columns, rows), -1).reshape(-1, 2))
-        steps.append(new((height * width, 1), float(stride)))
+        steps.append(new((height * width, 1), _stride("make_anchors", stride)))
     return torch.cat(points), torch.cat(steps)
 
 
@@ -80,11 +91,14 @@ def bbox2dist(
     """
     _check_anchors("bbox2dist", anchor_points)
     check_boxes("bbox2dist", "boxes", boxes)
+    check_broadcast("bbox2dist", anchor_points=anchor_points.shape[:-1], boxes=boxes.shape[:-1])
     anchor_points, boxes = same_precision(anchor_points, boxes)
     x1y1, x2y2 = boxes.chunk(2, -1)
     distances = torch.cat(torch.broadcast_tensors(anchor_points - x1y1, x2y2 - anchor_points), -1)
     if max_dist is None:
         return distances
+    check_number("bbox2dist", "max_dist", max_dist)
+    check_number("bbox2dist", "margin", margin)
     if not 0 <= margin < max_dist:
         raise ValueError(
             f"bbox2dist: margin={margin} with max_dist={max_dist}; the margin must be at least 0 "
@@ -110,6 +124,8 @@ def dist2bbox(distances: Tensor, anchor_points: Tensor, *, box_format: str = "xy
     """
     check_boxes("dist2bbox", "distances", distances)
     _check_anchors("dist2bbox", anchor_points)
+    shapes = {"distances": distances.shape[:-1], "anchor_points": anchor_points.shape[:-1]}
+    check_broadcast("dist2bbox", **shapes)
     check_choice("dist2bbox", "box_format", box_format, BOX_FORMATS)
     distances, anchor_points = same_precision(distances, anchor_points)
     left_top, right_bottom = distances.chunk(2, -1)
@@ -159,17 +175,68 @@ def dfl_targets(
     check_boxes("dfl_targets", "boxes_in_pixels", boxes_in_pixels)
     _check_anchors("dfl_targets", anchor_points)
     check_margin("dfl_targets", margin)
-    if num_bins < 2:
-        raise ValueError(f"dfl_targets: num_bins={num_bins}; a distribution has at least 2 bins.")
+    if not isinstance(num_bins, int) or num_bins < 2:
+        raise ValueError(
+            f"dfl_targets: num_bins={num_bins}; a distribution has at least 2 bins, "
+            "and a whole number of them."
+        )
     boxes, anchor_points = same_precision(boxes_in_pixels, anchor_points)
     if isinstance(stride, Tensor):
+        _check_strides(stride, boxes, anchor_points)
         stride = column(savable(stride)).to(boxes.dtype)
+    else:
+        stride = _stride("dfl_targets", stride)
     return bbox2dist(anchor_points / stride, boxes / stride, num_bins - 1, margin=margin)
 
 
 def column(stride: Tensor) -> Tensor:
     """A stride of shape (A,) as (A, 1); one of shape (A, 1), or a single number, as it is."""
     return stride.unsqueeze(-1) if stride.ndim == 1 else stride
+
+
+def _size(size: tuple[int, int]) -> tuple[int, int]:
+    """The height and width of a feature level, in cells."""
+    try:  # an axis of a traced tensor is a SymInt, which a conversion would make a constant
+        height, width = (n if isinstance(n, torch.SymInt) else operator.index(n) for n in size)
+    except (TypeError, ValueError):
+        height = width = -1
+    if height < 0 or width < 0:
+        raise ValueError(
+            f"make_anchors: the size of a level is {size!r}; (height, width) is needed, two whole "
+            "numbers of cells: those of the image divided by the stride."
+        )
+    return height, width
+
+
+def _stride(op: str, stride: float) -> float:
+    """Pixels per cell as a float."""
+    try:
+        value = float(stride)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"{op}: stride={stride!r}; pixels per cell are a finite number above 0, 8 for example."
+        )
+    return value
+
+
+def _check_strides(stride: Tensor, boxes: Tensor, anchor_points: Tensor) -> None:
+    shapes = {"boxes": boxes.shape[:-1], "anchor_points": anchor_points.shape[:-1]}
+    check_broadcast("dfl_targets", **shapes)
+    shape = column(stride).shape
+    wanted = torch.broadcast_shapes(*shapes.values())
+    fits = not shape or (
+        shape[-1] == 1
+        and len(shape) <= len(wanted) + 1
+        and all(a in (1, b) for a, b in zip(shape[-2::-1], wanted[::-1], strict=False))
+    )
+    if not fits:
+        raise ValueError(
+            f"dfl_targets: stride has shape {tuple(stride.shape)}; a number, or one for each of "
+            f"the anchor points {tuple(anchor_points.shape)}, as (A,) or (A, 1), is needed. "
+            "make_anchors gives it."
+        )
 
 
 def _check_anchors(op: str, anchor_points: Tensor) -> None:

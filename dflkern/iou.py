@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import IOU_KINDS, check_boxes, check_choice
+from .checks import IOU_KINDS, check_boxes, check_broadcast, check_choice
 from .geometry import same_precision
 
 EPS = 1e-7
@@ -42,6 +42,7 @@ def paired_box_iou(a: Tensor, b: Tensor, kind: str = "iou") -> Tensor:
     """
     check_boxes("paired_box_iou", "a", a)
     check_boxes("paired_box_iou", "b", b)
+    check_broadcast("paired_box_iou", a=a.shape[:-1], b=b.shape[:-1])
     check_choice("paired_box_iou", "kind", kind, IOU_KINDS)
     a, b = same_precision(a, b)
     pair = _measure(a, b)

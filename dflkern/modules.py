@@ -13,6 +13,7 @@ from .checks import (
     REDUCTIONS,
     Project,
     check_choice,
+    check_dim,
     check_margin,
     check_positions,
 )
@@ -23,9 +24,7 @@ def _positions(op: str, project: Project, margin: float) -> tuple[float, ...] | 
     if project is None:
         return None
     values = project.tolist() if isinstance(project, Tensor) else project
-    positions = tuple(float(value) for value in values)
-    check_positions(op, positions, margin)
-    return positions
+    return tuple(check_positions(op, values, margin))
 
 
 def _listed(**given: object) -> str:
@@ -54,6 +53,7 @@ class DFLoss(nn.Module):
         reduction: str = "none",
     ) -> None:
         super().__init__()
+        check_dim("DFLoss", dim)
         check_choice("DFLoss", "reduction", reduction, REDUCTIONS)
         self.dim, self.margin, self.reduction = dim, margin, reduction
         self.project = _positions("DFLoss", project, margin)
@@ -85,6 +85,7 @@ class DFLDecode(nn.Module):
 
     def __init__(self, *, dim: int = -1, project: Project = None) -> None:
         super().__init__()
+        check_dim("DFLDecode", dim)
         self.dim = dim
         self.project = _positions("DFLDecode", project, 0.0)
 
@@ -119,6 +120,7 @@ class BoxLoss(nn.Module):
         iou: str = "ciou",
     ) -> None:
         super().__init__()
+        check_dim("BoxLoss", dim, -1, 2, 3, -2)
         check_choice("BoxLoss", "iou", iou, IOU_KINDS)
         self.dim, self.margin, self.iou = dim, margin, iou
         self.project = _positions("BoxLoss", project, margin)

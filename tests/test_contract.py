@@ -209,19 +209,6 @@ def test_modules_equal_functions(backend, device):
     assert "margin=0.1" in repr(loss)
 
 
-def test_use_backend_is_a_function_and_a_context_manager():
-    from dflkern.backends import requested
-
-    assert requested() == "auto"
-    with dflkern.use_backend("reference"):
-        assert requested() == "reference"
-        dflkern.use_backend("auto")
-        assert requested() == "auto"
-    assert requested() == "auto"
-    with pytest.raises(ValueError, match="'gpu' is not known"):
-        dflkern.use_backend("gpu")
-
-
 def test_backward_keeps_the_backend_of_its_forward(monkeypatch):
     from dflkern.kernels import launch
 

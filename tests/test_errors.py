@@ -37,14 +37,14 @@ def with_grad(tensor):
 CASES = [
     # given, accepted, way out
     (loss, {"logits": [[1.0]]}, TypeError, "logits is a list; a floating-point torch.Tensor", "as_tensor"),
-    (loss, {"logits": Z.long()}, TypeError, "logits has dtype torch.int64; floating-point", ".float()"),
+    (loss, {"logits": Z.long()}, TypeError, "logits has dtype torch.int64; float16, bfloat16", ".float()"),
     (loss, {"logits": Z.to(torch.float8_e5m2)}, TypeError, "float8_e5m2; float16, bfloat16", "logits.float()"),
     (loss, {"logits": torch.zeros(())}, ValueError, "no dimension; at least one", "shape (num_bins,)"),
     (loss, {"dim": 3}, ValueError, "dim=3 is out of range for logits of shape (8, 4, 16); -3 to 2", "axis of the bins"),
     (loss, {"dim": 1.0}, TypeError, "dim is 1.0; an integer", "torch.softmax"),
     (loss, {"logits": Z[..., :1]}, ValueError, "1 bins along dim=2; 2 to 256", "reg_max: 1"),
     (loss, {"logits": torch.zeros(8, 4, 257)}, ValueError, "257 bins", "logits.view(B, 4, K, A)"),
-    (loss, {"target": T.long()}, TypeError, "target has dtype torch.int64; floating", "target.float()"),
+    (loss, {"target": T.long()}, TypeError, "target has dtype torch.int64; float16", "target.float()"),
     (loss, {"target": T[:, :3]}, ValueError, "target has shape (8, 3), but", "shape (8, 4): one value per"),
     (loss, {"target": T.reshape(-1)}, ValueError, "target has shape (32,)", "Reshape the target"),
     (loss, {"target": with_grad(T)}, ValueError, "target requires grad", "target.detach()"),
@@ -77,10 +77,26 @@ CASES = [
     (box_loss, {"weight": WEIGHT[:, :2]}, ValueError, "weight has shape (2, 2); (2, 5)", "needed"),
     (box_loss, {"weight": torch.zeros(2, 4, 3)}, ValueError, "weight has shape (2, 4, 3); (2, 5, 3)", "needed"),
     (box_loss, {"normalizer": torch.ones(1)}, ValueError, "normalizer has shape (1,); ()", "needed"),
-    (box_loss, {"normalizer": None}, TypeError, "normalizer is a NoneType; a float or a 0-dim", "sum of the weights"),
+    (box_loss, {"normalizer": None}, TypeError, "normalizer is None; a number", "needed"),
     (box_loss, {"foreground": WEIGHT}, TypeError, "foreground is torch.float32; a bool", "foreground.bool()"),
     (box_loss, {"foreground": WEIGHT[:1].bool()}, ValueError, "foreground has shape (1, 5); (2, 5)", "needed"),
     (box_loss, {"iou": "siou"}, ValueError, "iou='siou' is not known", "'iou', 'giou', 'diou', 'ciou'"),
+    (loss, {"logits": Z.to_sparse()}, TypeError, "logits is of layout torch.sparse_coo; a dense", "logits.to_dense()"),
+    (loss, {"target": T.to_sparse()}, TypeError, "target is of layout torch.sparse_coo; a dense", "target.to_dense()"),
+    (loss, {"logits": torch.nested.nested_tensor([Z[0], Z[1]])}, TypeError, "logits is a nested tensor", "to_padded_tensor"),
+    (loss, {"logits": torch.quantize_per_tensor(Z, 1, 0, torch.qint8)}, TypeError, "dtype torch.qint8", "logits.dequantize()"),
+    (loss, {"target": T.to(torch.float8_e5m2)}, TypeError, "target has dtype torch.float8_e5m2", "target.float()"),
+    (loss, {"project": 3}, TypeError, "project is 3; increasing floats", "for each bin"),
+    (loss, {"project": "abc"}, TypeError, "project is 'abc'; increasing floats", "for each bin"),
+    (loss, {"project": []}, ValueError, "project has 0 positions; one for each bin", "2 at least"),
+    (loss, {"project": [1e300 * k for k in range(16)]}, ValueError, "equal or infinite in float32", "fp64 logits"),
+    (loss, {"project": [1e9 + k for k in range(16)]}, ValueError, "equal or infinite in float32", "Shift or scale"),
+    (boxes, {"stride": "8"}, TypeError, "stride is '8'; a number", "needed"),
+    (boxes, {"stride": 1e300}, ValueError, "stride is too large a number for torch.float32", "fp64 logits"),
+    (box_loss, {"normalizer": 1e300}, ValueError, "normalizer is too large a number for torch.float32", "fp64"),
+    (box_loss, {"normalizer": 10**400}, ValueError, "normalizer is too large a number", "Scale it"),
+    (box_loss, {"normalizer": True}, TypeError, "normalizer is True; a number", "needed"),
+    (box_loss, {"weight": WEIGHT.to(torch.float8_e4m3fn)}, TypeError, "weight has dtype torch.float8_e4m3fn", "weight.float()"),
     (box_loss, {"weight": with_grad(WEIGHT)}, ValueError, "weight requires grad", "weight.detach()"),
 ]  # fmt: skip
 
@@ -121,6 +137,19 @@ def test_geometry():
         (lambda: dflkern.dfl_targets(square.int(), torch.zeros(1, 2), 8, 16), TypeError, "boxes_in_pixels has dtype torch.int32"),
         (lambda: dflkern.paired_box_iou(square, square, "x"), ValueError, "kind='x'"),
         (lambda: dflkern.make_anchors([(1, 1)], [8, 16]), ValueError, "1 sizes and 2 strides"),
+        (lambda: dflkern.make_anchors([(1, -1)], [8]), ValueError, "size of a level is (1, -1); (height, width)"),
+        (lambda: dflkern.make_anchors([(1, 1.5)], [8]), ValueError, "size of a level is (1, 1.5)"),
+        (lambda: dflkern.make_anchors([4], [8]), ValueError, "size of a level is 4"),
+        (lambda: dflkern.make_anchors([(1, 1)], ["8 px"]), ValueError, "stride='8 px'; pixels per cell"),
+        (lambda: dflkern.make_anchors([(1, 1)], [0]), ValueError, "stride=0; pixels per cell"),
+        (lambda: dflkern.dfl_targets(square, torch.zeros(1, 2), -8, 16), ValueError, "stride=-8; pixels per cell"),
+        (lambda: dflkern.dfl_targets(square, torch.zeros(1, 2), torch.ones(3), 16), ValueError, "stride has shape (3,)"),
+        (lambda: dflkern.dfl_targets(square, torch.zeros(1, 2), 8, 16.5), ValueError, "num_bins=16.5"),
+        (lambda: dflkern.bbox2dist(torch.zeros(1, 2), square, "x"), TypeError, "max_dist is 'x'"),
+        (lambda: dflkern.bbox2dist(torch.zeros(2, 2), torch.zeros(3, 4)), ValueError, "do not broadcast"),
+        (lambda: dflkern.dist2bbox(torch.zeros(3, 4), torch.zeros(2, 2)), ValueError, "do not broadcast"),
+        (lambda: dflkern.paired_box_iou(torch.zeros(3, 4), torch.zeros(2, 4)), ValueError, "do not broadcast"),
+        (lambda: dflkern.paired_box_iou(square.to(torch.float8_e5m2), square), TypeError, "float8_e5m2"),
     ]  # fmt: skip
     for call, kind, words in cases:
         with pytest.raises(kind) as error:
@@ -137,6 +166,25 @@ def test_modules():
         dflkern.BoxLoss(margin=2)
     with pytest.raises(ValueError, match="iou='x'"):
         dflkern.BoxLoss(iou="x")
+    for module in (dflkern.DFLoss, dflkern.DFLDecode, dflkern.BoxLoss):
+        with pytest.raises(ValueError, match="project has 0 positions"):
+            module(project=[])
+        with pytest.raises(TypeError, match="increasing floats"):
+            module(project=torch.zeros(2, 3))
+        with pytest.raises(TypeError, match="dim is 'x'; an integer"):
+            module(dim="x")
+    with pytest.raises(ValueError, match="dim=7 names no axis of bins; -1 or 2"):
+        dflkern.BoxLoss(dim=7)
+
+
+def test_stride_may_be_a_number():
+    """A fp64 call keeps its digits; a compiled one takes a new number."""
+    head = torch.randn(2, 4, 16, 5, dtype=torch.float64)
+    expected = boxes(head, stride=torch.full((5,), 8.1, dtype=torch.float64))
+    assert torch.equal(boxes(head, stride=8.1), expected)
+    anchors, stride = dflkern.make_anchors([(2, 2), (1, 1)], torch.tensor([8.0, 16.0]))
+    assert torch.equal(anchors, ANCHORS)
+    assert torch.equal(stride, STRIDE)
 
 
 def test_a_named_backend_that_cannot_serve_gives_its_reasons():

@@ -118,3 +118,53 @@ def test_geometry_takes_tensors_made_in_inference_mode():
     total = total + dflkern.dfl_targets(predicted, points, stride, 16).sum()
     total.backward()
     assert distances.grad.isfinite().all()
+
+
+def test_a_dimension_without_elements(backend):
+    """Shapes and strides are those of torch.empty, on every backend."""
+    for shape in ((0, 0, 0, 0, 16), (0, 4, 16), (3, 0, 16), (0, 3, 4, 16), (2, 0, 4, 0, 16)):
+        logits = torch.empty(shape, requires_grad=True)
+        position = dflkern.dfl_decode(logits)
+        assert position.stride() == torch.empty(shape[:-1]).stride(), shape
+        position.sum().backward()
+        assert logits.grad.shape == shape
+        assert dflkern.explain("dfl_decode", logits)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert dflkern.dfl_decode(torch.empty(shape)).stride() == position.stride()
+
+
+def test_make_anchors_is_fp32_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        for found in (*dflkern.make_anchors([(2, 3)], [8]), *dflkern.make_anchors([], [])):
+            assert found.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_sums_do_not_depend_on_the_number_of_threads(name):
+    """100 000 losses, of which PyTorch's own sum gives each thread a part."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(25_000, 4, 8, generator=generator)
+    target = torch.rand(25_000, 4, generator=generator) * 7
+    points = torch.rand(25_000, 2, generator=generator) * 8
+    boxes = torch.cat((points - target[:, :2], points + target[:, 2:]), -1)
+    weight = torch.rand(25_000, 1, generator=generator)
+    before, seen = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with dflkern.use_backend(name):
+                found = [
+                    dflkern.dfl_loss(logits, target, weight=w, reduction=reduction)
+                    for reduction in ("sum", "mean")
+                    for w in (None, weight)
+                ]
+                found += dflkern.box_loss(logits[None], points, boxes[None], weight.T, 9.0)
+            seen.append([value.item() for value in found])
+    finally:
+        torch.set_num_threads(before)
+    assert all(values == seen[0] for values in seen)
+    losses = dflkern.dfl_loss(logits.double(), target)
+    assert seen[0][0] == pytest.approx(losses.sum().item(), rel=1e-6)
