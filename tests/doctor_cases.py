@@ -172,6 +172,94 @@ def normalized_boxes(case, head):
     return _without(case, "targets") | {"boxes": case["boxes"] / head.image}
 
 
+def normalized_boxes_leaving_the_image(case, head):
+    boxes = case["boxes"] / head.image
+    boxes[7, 2] = 1.02
+    return _without(case, "targets") | {"boxes": boxes}
+
+
+def normalized_coordinates_leaving_the_image(case, head):
+    """Boxes as fractions taken for targets, and nothing beside them."""
+    targets = case["boxes"] / head.image
+    targets[7, 2] = 1.02
+    return _without(case, "boxes", "anchor_points", "stride") | {
+        "targets": targets[:, [2, 0, 1, 3]]
+    }
+
+
+def anchor_points_in_pixels(case, head):
+    return _without(case, "targets") | {"anchor_points": case["anchor_points"] * case["stride"]}
+
+
+def anchor_points_in_pixels_beside_targets(case, head):
+    """The targets are right."""
+    return case | {"anchor_points": case["anchor_points"] * case["stride"]}
+
+
+def anchor_points_in_pixels_throughout(case, head):
+    points = case["anchor_points"] * case["stride"]
+    targets = dflkern.bbox2dist(points, case["boxes"] / case["stride"])
+    return case | {"anchor_points": points, "targets": targets.clamp(head.low, head.last - 0.01)}
+
+
+def boxes_in_cells(case, head):
+    return _without(case, "targets") | {"boxes": case["boxes"] / case["stride"]}
+
+
+def boxes_in_cells_beside_targets(case, head):
+    return case | {"boxes": case["boxes"] / case["stride"]}
+
+
+def corner_and_size(boxes):
+    return torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), -1)
+
+
+def centre_and_size(boxes):
+    return torch.cat(((boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]), -1)
+
+
+def boxes_as_corner_and_size(case, head):
+    return _without(case, "targets") | {"boxes": corner_and_size(case["boxes"])}
+
+
+def boxes_as_centre_and_size(case, head):
+    return _without(case, "targets") | {"boxes": centre_and_size(case["boxes"])}
+
+
+def corner_and_size_beside_targets(case, head):
+    return case | {"boxes": corner_and_size(case["boxes"])}
+
+
+def centre_and_size_beside_targets(case, head):
+    return case | {"boxes": centre_and_size(case["boxes"])}
+
+
+def corner_and_size_alone(case, head):
+    return {"boxes": corner_and_size(case["boxes"]), "num_bins": head.num_bins}
+
+
+def tiny_objects(case, head):
+    """Objects of a tenth to a third of the smallest stride, beside their anchor points by more."""
+    step = float(case["stride"].min())
+    points = case["anchor_points"] * case["stride"] / step
+    number = torch.arange(len(points))[:, None]
+    centre = points + (0.1 + 0.1 * (number % 7)) * torch.tensor([1.0, -1.0])
+    half = 0.05 + 0.01 * (number % 12)
+    boxes = torch.cat((centre - half, centre + half), -1)
+    targets = dflkern.bbox2dist(points, boxes).clamp(head.low, head.last - head.margin)
+    stride = torch.full_like(case["stride"], step)
+    return case | {
+        "targets": targets, "boxes": boxes * step, "anchor_points": points, "stride": stride
+    }  # fmt: skip
+
+
+def tiny_objects_as_distances(case, head):
+    """Before any clamp, without boxes."""
+    tiny = tiny_objects(case, head)
+    targets = dflkern.bbox2dist(tiny["anchor_points"], tiny["boxes"] / tiny["stride"])
+    return _without(tiny, "boxes") | {"targets": targets}
+
+
 def negative(case, head):
     """A fifth of the anchors lies outside its box."""
     targets = case["targets"].clone()
@@ -234,12 +322,33 @@ def loss_clamp_from_the_start(case, head):
     return case | {"losses": [10.0] * 30}
 
 
+def negative_losses(case, head):
+    return case | {"losses": case["losses"] - 0.8}
+
+
+def one_negative_loss(case, head):
+    return {"losses": [1.52, 1.31, 0.4, -0.234]}
+
+
+def summed_losses(case, head):
+    return {"losses": [1494.0, 1480.0, 1466.0]}
+
+
+def summed_losses_of_anchors(case, head):
+    """A sum over sides and anchors where the mean is known."""
+    return case | {"losses": 4 * len(case["targets"]) * case["losses"]}
+
+
 def flat_logits(case, head):
     return case | {"logits": 0.001 * case["logits"]}
 
 
 def saturated_logits(case, head):
     return case | {"logits": 40 * case["logits"]}
+
+
+def wrong_dequantization(case, head):
+    return case | {"logits": 256 * case["logits"]}
 
 
 def half_clamp(case, head):
@@ -313,6 +422,20 @@ FAULTS = {
     normalized_distances: "normalized",
     normalized_bare: "normalized",
     normalized_boxes: "normalized",
+    normalized_boxes_leaving_the_image: "normalized",
+    normalized_coordinates_leaving_the_image: "normalized",
+    anchor_points_in_pixels: "anchor-units",
+    anchor_points_in_pixels_beside_targets: "anchor-units",
+    anchor_points_in_pixels_throughout: "anchor-units",
+    boxes_in_cells: "box-units",
+    boxes_in_cells_beside_targets: "box-units",
+    boxes_as_corner_and_size: "box-format",
+    boxes_as_centre_and_size: "box-format",
+    corner_and_size_beside_targets: "box-format",
+    centre_and_size_beside_targets: "box-format",
+    corner_and_size_alone: "box-format",
+    tiny_objects: "tiny-objects",
+    tiny_objects_as_distances: "tiny-objects",
     negative: "negative",
     above_range: "above-range",
     above_range_by_boxes: "above-range",
@@ -324,8 +447,13 @@ FAULTS = {
     bin_major_without_targets: "bin-major",
     loss_clamp: "loss-clamp",
     loss_clamp_from_the_start: "loss-clamp",
+    negative_losses: "negative-loss",
+    one_negative_loss: "negative-loss",
+    summed_losses: "summed-loss",
+    summed_losses_of_anchors: "summed-loss",
     flat_logits: "flat-logits",
     saturated_logits: "saturated-logits",
+    wrong_dequantization: "saturated-logits",
     half_clamp: "half-clamp",
     half_decode: "half-decode",
     half_anchors: "half-anchors",
@@ -344,6 +472,13 @@ IMPOSSIBLE = {
     "extra_bin_unused": lambda head: head.project is not None,
     "integer_only": lambda head: head.project is not None,
     "normalized_bare": lambda head: head.project is not None,
+    "normalized_coordinates_leaving_the_image": lambda head: head.project is not None,
+    # Their bins reach 2 cells behind the anchor point, farther than any assigner here goes.
+    "tiny_objects": lambda head: head.low < 0,
+    "tiny_objects_as_distances": lambda head: head.low < 0,
 }
-# Targets in the wrong unit, or all on a bin, have no floor worth a note.
-FLOORLESS = {"coordinates", "pixels", "normalized", "integer-only"}
+# Targets or boxes in the wrong unit, or all on a bin, have no floor worth a note.
+FLOORLESS = {
+    "coordinates", "pixels", "normalized", "integer-only", "anchor-units", "box-units",
+    "box-format",
+}  # fmt: skip

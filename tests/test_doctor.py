@@ -193,14 +193,14 @@ def test_above_range_by_level():
     report = doctor.examine(targets=targets, num_bins=16, stride=stride)
     finding = only(report, "above-range")
     assert finding.share == pytest.approx(2 / 800)
-    assert "stride 8: 0.5 %, no box wider than 240 px" in finding.title
-    assert "stride 16: 0 %, no box wider than 480 px" in finding.title
+    assert "stride 8: 0.5 %, no side longer than 120 px from its anchor" in finding.title
+    assert "stride 16: 0 %, no side longer than 240 px from its anchor" in finding.title
     first, second = report.levels
     assert (first.stride, first.count, first.above) == (8, 400, 2 / 400)
     assert first.largest == pytest.approx(20.7)
     assert first.wanted_bins == 22  # 20.7 < 21, less the margin
     assert second.wanted_bins == 5
-    assert (first.reach, second.reach) == (240, 480)
+    assert (first.reach, second.reach) == (120, 240)
     assert first.counts == (0, 0, 0, 0, 398, *[0] * 11, 2)  # below, 16 bins, above
     assert sum(second.counts) == second.count == 400
 

@@ -142,17 +142,20 @@ def sharpness(evidence: Evidence) -> Iterator[Finding]:
     share = float(saturated.double().mean())
     if share > 0.25:
         worst = int(gap.argmax())
+        raw = bool((logits == logits.round()).all())
         yield Finding(
             "saturated-logits",
             Severity.WARNING,
             f"{percent(share)} of the distributions put everything on one bin, with "
             f"{number(SATURATED)} nats or more to the next.",
             f"logits up to {number(float(logits[worst].max()))}, the second best is "
-            f"{number(float(gap[worst]))} lower",
-            "Logits that were scaled up, a learning rate that is too high, or whole-number "
-            "targets. No target between two bins can be learnt from here: the loss of a wrong "
-            "bin is the gap itself.",
-            "optimizer.param_groups[0]['lr'] /= 10  # and start from a checkpoint before it",
+            f"{number(float(gap[worst]))} lower"
+            + ("; all are whole numbers, as raw INT8 outputs are" if raw else ""),
+            "Logits that are scaled up: INT8 outputs whose dequantization scale is missing or "
+            "wrong. In training: a learning rate that is too high, or whole-number targets; a "
+            "target between two bins cannot be learnt from here.",
+            "logits = scale * (raw - zero_point)  # if quantized; else lower the learning rate and "
+            "resume from an earlier checkpoint",
             share,
         )
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 PILE, MIN_PILE = 0.01, 5  # equal targets, as a share and a number, that only a clamp makes
+AGREE = 0.8  # the share of targets that a formula must give, before it counts as theirs
+TOLERANCE = 0.05  # cells
 
 
 class Geometry(NamedTuple):
@@ -84,3 +86,14 @@ class Evidence:
         at_top = targets == targets.nan_to_num(nan=-math.inf, posinf=-math.inf).amax()
         piled = int(at_top.sum()) >= max(MIN_PILE, PILE * targets.numel())
         return (targets == self.bound) | (at_top & (targets > self.bound) & piled)
+
+
+def agreement(evidence: Evidence, targets: Tensor, values: Tensor) -> float:
+    """The share of targets that are these values, clamped to the bins or where the targets were."""
+    finite = targets[targets.isfinite()]
+    if not finite.numel():
+        return 0.0
+    # Where all targets are small, so is what makes a difference.
+    tolerance = TOLERANCE * float(finite.abs().max().clamp(max=1))
+    low, high = min(float(finite.min()), evidence.low), max(float(finite.max()), evidence.bound)
+    return float(((targets - values.clamp(low, high)).abs() <= tolerance).double().mean())

@@ -26,6 +26,7 @@ CHECKS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     precision.decode,
     precision.anchors,
     training.clamped_loss,
+    training.loss_size,
     training.weights,
     training.gradients,
     training.non_finite,

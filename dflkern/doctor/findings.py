@@ -20,34 +20,36 @@ class Severity(enum.IntEnum):
 
 
 # Every code, causes before what follows from them, with the codes it explains when both are found.
+_RANGES = ("negative", "tiny-objects", "above-range", "at-clamp", "entropy-floor")
+_UNITS = (*_RANGES, "integer-only", "half-clamp", "exploding-gradient")
 EXPLAINS: dict[str, tuple[str, ...]] = {
-    "coordinates": (
-        "pixels", "normalized", "negative", "above-range", "at-clamp", "integer-only",
-        "half-clamp", "entropy-floor", "exploding-gradient",
-    ),
-    "pixels": (
-        "negative", "above-range", "at-clamp", "integer-only", "half-clamp", "entropy-floor",
-        "exploding-gradient",
-    ),
-    "normalized": ("negative", "above-range", "at-clamp", "entropy-floor"),
-    "half-anchors": ("negative", "integer-only"),
+    "box-format": _RANGES,
+    "anchor-units": _RANGES,
+    "box-units": _RANGES,
+    "coordinates": ("pixels", "normalized", *_UNITS),
+    "pixels": _UNITS,
+    "normalized": _RANGES,
+    "half-anchors": ("negative", "tiny-objects", "integer-only"),
     "extra-bin": (),
     "bin-major": ("saturated-logits", "exploding-gradient"),
     "zero-weight": ("zero-normalizer", "flat-logits"),
-    "zero-normalizer": ("non-finite", "exploding-gradient"),
+    "zero-normalizer": ("negative-loss", "summed-loss", "non-finite", "exploding-gradient"),
     "loss-clamp": ("flat-logits",),
+    "summed-loss": ("exploding-gradient",),
     "exploding-gradient": ("non-finite", "saturated-logits"),
     "non-finite": (),
     "negative": ("at-clamp",),
-    "above-range": ("at-clamp",),
+    "above-range": ("negative-loss", "at-clamp"),
+    "negative-loss": (),
     "half-clamp": ("at-clamp",),
     "integer-only": ("at-clamp",),
     "at-clamp": (),
     "saturated-logits": (),
     "flat-logits": (),
     "half-decode": (),
+    "tiny-objects": (),
     "entropy-floor": (),
-}  # fmt: skip
+}
 CODES = tuple(EXPLAINS)
 
 
@@ -87,9 +89,9 @@ class Level:
         above: the share above the last bin that the clamp leaves.
         at_bound: the share exactly at that bound.
         largest: the largest finite target; None if there is none.
-        reach: the widest box the head can express on this level, in pixels (in cells without
-            stride).
-        wanted_bins: the K that would cover 99.5 % of the sides; None with a project.
+        reach: the longest distance from an anchor point to a side that the bins can express, in
+            pixels (in cells without stride).
+        wanted_bins: the K that would cover 99.5 % of the sides of this level; None with a project.
         counts: how many sides fall below W_0, into each [W_k, W_{k+1}), and above W_{K−1}.
     """
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference import two_bins
-from .evidence import Evidence
+from .evidence import AGREE, Evidence, agreement
 from .findings import Finding, Level, Severity
 from .words import by_share, number, percent, row
 
@@ -47,7 +47,7 @@ def _level(evidence: Evidence, stride: float | None, values: Tensor, at_bound: T
         above=_share(values > evidence.bound + 1e-6),
         at_bound=_share(at_bound),
         largest=float(finite.max()) if len(finite) else None,
-        reach=2 * evidence.last * (stride or 1.0),
+        reach=evidence.last * (stride or 1.0),
         wanted_bins=_bins_for(values, evidence) if len(finite) else None,
         counts=tuple(torch.bincount(place, minlength=len(edges) + 1).tolist()),
     )
@@ -63,76 +63,149 @@ def _bins_for(values: Tensor, evidence: Evidence) -> int | None:
 
 
 def _unclamped(evidence: Evidence, targets: Tensor) -> Tensor:
-    """The given targets if a clamp has left some beyond the bins, else what the boxes imply."""
+    """What the given targets were before their clamp, where the boxes tell; else as given."""
     if evidence.geometry is None or evidence.geometry.distances.shape != targets.shape:
         return targets
+    distances = evidence.geometry.distances
     beyond = (targets > evidence.bound + 1e-6) | (targets < evidence.low)
-    return targets if bool(beyond.any()) else evidence.geometry.distances
+    made_of_them = agreement(evidence, targets, distances) >= AGREE
+    return distances if made_of_them and not bool(beyond.any()) else targets
+
+
+def _by_design(evidence: Evidence, values: Tensor) -> Tensor:
+    """Which sides are below 0 only because an assigner enlarges tiny objects.
+
+    Ultralytics 8.4 takes a side shorter than the second stride, 16 px, for that long when it looks
+    for anchors inside a box. Such an anchor is at most (16 px − side) / 2 outside the object.
+    """
+    if evidence.stride is None or values.shape[-1] != 4 or not len(values):
+        return torch.zeros_like(values, dtype=torch.bool)
+    stride = evidence.stride[:, None]
+    side = (values[:, :2] + values[:, 2:]) * stride
+    allowed = (_second_stride(evidence) - side) / 2 * (side >= -1e-3)
+    return (values < 1e-6) & (-values * stride <= allowed.repeat(1, 2) + 1e-3)
+
+
+def _second_stride(evidence: Evidence) -> float:
+    """Each level's stride is twice the one before; no anchor of the second may be foreground."""
+    assert evidence.stride is not None
+    return 2 * float(evidence.stride.min())
 
 
 def ranges(evidence: Evidence) -> Iterator[Finding]:
-    """`negative`, `above-range` and `at-clamp`."""
+    """`negative`, `tiny-objects`, `above-range` and `at-clamp`."""
     if evidence.targets is None or not evidence.targets.numel():
         return
     values = _unclamped(evidence, evidence.targets)
-    yield from _negative(evidence, values)
+    designed = _by_design(evidence, values)
+    yield from _negative(evidence, values, designed)
     yield from _above(evidence, values)
     if evidence.given is not None:
-        yield from _at_clamp(evidence, evidence.given)
+        yield from _at_clamp(evidence, evidence.given.double(), designed)
 
 
-def _negative(evidence: Evidence, values: Tensor) -> Iterator[Finding]:
-    share = _share((values < evidence.low - 1e-6) & values.isfinite())
-    if not share:
-        return
-    worst = int(values.nan_to_num(nan=0, neginf=0).amin(-1).argmin())
-    yield Finding(
-        "negative",
-        by_share(share, 0.05, 0.25),
-        f"{percent(share)} of the distances lie below the first bin: the anchor point is outside "
-        "its box there.",
-        f"row {worst}: {row(values[worst])}",
-        "The assigner gives objects to anchors outside their box, or boxes and anchor points are "
-        "in different units or in another order.",
-        "inside = (dflkern.bbox2dist(points, boxes) > 0).all(-1)  # keep only these as foreground",
-        share,
-    )
+def _negative(evidence: Evidence, values: Tensor, designed: Tensor) -> Iterator[Finding]:
+    below = (values < evidence.low - 1e-6) & values.isfinite()
+    if share := _share(below & designed):
+        least = number(_second_stride(evidence))
+        yield Finding(
+            "tiny-objects",
+            Severity.NOTE,
+            f"{percent(share)} of the distances lie below the first bin, all of objects with a "
+            f"side under {least} px whose anchor point is just outside.",
+            _worst(values.where(below & designed, 0).amin(-1).argmin(), values),
+            "Ultralytics 8.4's assigner enlarges sides below the second stride to it, so that tiny "
+            "objects get more anchors. This is by design. DFL trains these sides on the first bin.",
+            f"nothing to do; under {least} px, a finer level (P2) or larger images help",
+            share,
+        )
+    below &= ~designed
+    if share := _share(below):
+        yield Finding(
+            "negative",
+            by_share(share, 0.05, 0.25),
+            f"{percent(share)} of the distances lie below the first bin: the anchor point is "
+            "outside its box there.",
+            _worst(values.where(below, 0).amin(-1).argmin(), values),
+            "The assigner gives objects to anchors outside their box, or boxes and anchor points "
+            "are in different units or in another order.",
+            "inside = (dflkern.bbox2dist(points, boxes) > 0).all(-1)  # keep only these as "
+            "foreground",
+            share,
+        )
+
+
+def _worst(index: Tensor, values: Tensor) -> str:
+    return f"row {int(index)}: {row(values[int(index)])}"
 
 
 def _above(evidence: Evidence, values: Tensor) -> Iterator[Finding]:
     above = (values > evidence.bound + 1e-6) & values.isfinite()
-    share = _share(above)
-    if not share:
+    if not (share := _share(above)):
         return
-    if evidence.stride is not None and len(evidence.stride.unique()) <= MAX_LEVELS:
-        per_level = "; ".join(
-            f"stride {number(float(s))}: {percent(_share(above[evidence.stride == s]))}, "
-            f"no box wider than {number(2 * evidence.last * float(s))} px"
-            for s in evidence.stride.unique()
+    last, table = evidence.last, levels(evidence)
+    wanted = None if evidence.project is not None else max(i.wanted_bins or 2 for i in table)
+    enough = "" if wanted is None else f" {wanted} bins would cover 99.5 % of each level's sides."
+    worst = int(values.where(above, 0).amax(-1).argmax())
+    largest = float(values[worst].where(above[worst], 0).max())
+    weights = ""
+    if evidence.project is None and largest > last:
+        weights = (
+            f"; without a clamp, {number(largest)} weighs the last bin with "
+            f"{number(largest - last + 1)} and the one before with {number(last - largest)}"
         )
-    else:
-        per_level = f"no box wider than {number(2 * evidence.last)} cells"
-    worst = int(values.nan_to_num(nan=0, posinf=0).amax(-1).argmax())
-    fix = "give larger objects to a larger stride, or extend project"
-    wanted = _bins_for(values, evidence) if bool(values.isfinite().any()) else None
-    if wanted is not None and wanted > evidence.last + 1:
-        fix = f"num_bins = {wanted}  # covers 99.5 %; or give larger objects a larger stride"
+    reach = "; ".join(
+        f"{'' if i.stride is None else f'stride {number(i.stride)}: {percent(i.above)}, '}"
+        f"no side longer than {number(i.reach)} {'cells' if i.stride is None else 'px'} from its "
+        "anchor"
+        for i in table
+    )
+    cause, fix = _too_long(evidence, values, above, wanted)
     yield Finding(
         "above-range",
         by_share(share, 0.02, 0.25),
-        f"{percent(share)} of the distances lie beyond the last bin at {number(evidence.last)} "
-        f"and cannot be expressed ({per_level}).",
-        f"row {worst}: {row(values[worst])}",
-        "Objects too large for their level, too few bins, or targets in the wrong unit. DFL "
-        "trains on the clamped distance, so these boxes come out too small.",
+        f"{percent(share)} of the distances lie beyond the last bin at {number(last)} ({reach})."
+        f"{enough}",
+        f"row {worst}: {row(values[worst])}{weights}",
+        cause,
         fix,
         share,
     )
 
 
-def _at_clamp(evidence: Evidence, given: Tensor) -> Iterator[Finding]:
-    values = given.double()
-    high, low = evidence.at_bound(values), values == evidence.low
+def _too_long(
+    evidence: Evidence, values: Tensor, above: Tensor, wanted: int | None
+) -> tuple[str, str]:
+    """Cause and fix: objects that no anchor can express, or anchors that cannot and others can."""
+    bins = "extend project" if wanted is None else f"num_bins = {wanted}"
+    rows = above.any(-1)
+    if values.shape[-1] != 4:
+        return "Objects too large for their level, too few bins, or targets in a wrong unit.", bins
+    steps, unit = evidence.stride, "cells" if evidence.stride is None else "px"
+    scale = torch.ones(len(values)) if steps is None else steps
+    widest = 2 * evidence.last * float(scale.max())
+    size = ((values[:, :2] + values[:, 2:]) * scale[:, None]).amax(-1)
+    never = _share((size > widest)[rows])
+    trained = "DFL trains them on the clamped distance, so their boxes come out too small."
+    if never:
+        level = (
+            "" if steps is None else f"; or add a level of stride {number(2 * float(scale.max()))}"
+        )
+        return (
+            f"{percent(never)} of these anchors belong to objects longer than {number(widest)} "
+            f"{unit}, which no anchor given here can express; the others to objects that an anchor "
+            f"nearer the centre, or of a larger stride, can. {trained}",
+            f"{bins}{level}",
+        )
+    return (
+        f"All these objects are within {number(widest)} {unit}: an anchor nearer their centre, or "
+        f"of a larger stride, can express them; these anchors cannot. {trained}",
+        f"foreground &= (distances <= {number(evidence.last)}).all(-1)  # or {bins}",
+    )
+
+
+def _at_clamp(evidence: Evidence, values: Tensor, designed: Tensor) -> Iterator[Finding]:
+    high, low = evidence.at_bound(values), (values == evidence.low) & ~designed
     share = _share(high | low)
     if share < 0.002:
         return

@@ -10,7 +10,8 @@ from .words import number, percent
 
 WIDTH = 100
 LABEL = 9
-UNITS = ("coordinates", "pixels", "normalized")
+# Findings beside which a proposed K means nothing; `pixels` may be cells of large objects.
+UNITS = ("box-format", "anchor-units", "box-units", "coordinates", "normalized")
 
 
 def render(report: Report) -> str:
@@ -58,8 +59,7 @@ def _lines(label: str, text: str, indent: int = 2) -> Iterator[str]:
 
 def _levels(report: Report) -> str:
     columns: tuple[str, ...] = (
-        "stride", "sides", "below", "above", "at the bound", "largest", "widest box",
-        "K for 99.5 %",
+        "stride", "sides", "below", "above", "at the bound", "largest", "reach", "K for 99.5 %",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [
         (
@@ -75,7 +75,7 @@ def _levels(report: Report) -> str:
         for level in report.levels
     ]
     if any(finding.code in UNITS for finding in report):
-        columns, rows = columns[:-1], [line[:-1] for line in rows]  # K would be one for nonsense
+        columns, rows = columns[:-1], [line[:-1] for line in rows]
     return f"Targets as DFL takes them, K = {report.num_bins}:\n{_table(columns, rows)}"
 
 

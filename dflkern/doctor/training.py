@@ -17,6 +17,7 @@ PINNED = ((5, 0.3), (10, 0.02))
 GROWTH = 100.0  # of the gradient norm over the steps, by medians
 AMPLIFIED = 1000.0  # of the gradient from the head to a deeper layer
 TINY_NORMALIZER = 1e-3
+SUMMED = 100.0  # × ln K, which uniform distributions cost: no gain and batch size explain more
 
 
 def clamped_loss(evidence: Evidence) -> Iterator[Finding]:
@@ -53,6 +54,45 @@ def clamped_loss(evidence: Evidence) -> Iterator[Finding]:
         "four sides, even uniform distributions cost 4·ln K, 11.09 for 16 bins.",
         "loss = dflkern.dfl_loss(logits, targets, weight=weight, reduction='sum') / normalizer  "
         "# no clamp on it; clip the gradient if you must",
+        share,
+    )
+
+
+def loss_size(evidence: Evidence) -> Iterator[Finding]:
+    """`negative-loss` and `summed-loss`: values that a mean of DFL, or of 1 − IoU, cannot have."""
+    losses = evidence.losses
+    if losses is None or not bool(losses.isfinite().any()):
+        return
+    losses = losses[losses.isfinite()]
+    if share := float((losses < -1e-6).double().mean()):
+        yield Finding(
+            "negative-loss",
+            Severity.ERROR,
+            f"{percent(share)} of the losses are negative. DFL is a cross entropy and a box loss "
+            "is 1 − IoU; neither can be.",
+            f"loss {int(losses.argmin())} is {number(float(losses.min()))}",
+            "A target beyond the last bin that is not clamped, so that one bin's weight is above 1 "
+            "and the other's negative; a negative weight or normalizer; a wrong sign; or, in a box "
+            "loss, boxes with x2 < x1.",
+            "print(targets.aminmax(), weight.min(), normalizer)  # 0 ≤ targets < K − 1, 0 ≤ weight",
+            share,
+        )
+    uniform, typical = math.log(evidence.num_bins or 16), float(losses.median())
+    share, true = float((losses > SUMMED * uniform).double().mean()), _true_loss(evidence)
+    if share < 0.9 or (true is not None and true > 0.5 * typical):
+        return
+    yield Finding(
+        "summed-loss",
+        Severity.WARNING,
+        f"The losses are around {number(typical)}, too large for a mean: uniform distributions "
+        f"cost ln K = {uniform:.2f} a side.",
+        f"with a gain of 1.5 and a batch of 8 that is {number(12 * uniform)}; here it is "
+        f"{number(typical)}" + ("" if true is None else f", and a mean of {number(true)} a side"),
+        "A sum over sides, anchors or images that is not divided by anything. It grows with the "
+        "number of objects and drowns the other losses. If it is a mean after all, the logits have "
+        "diverged.",
+        "loss = dflkern.dfl_loss(logits, targets, weight=weight, reduction='sum') / "
+        "weight.sum().clamp(min=1)",
         share,
     )
 

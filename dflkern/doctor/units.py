@@ -1,4 +1,4 @@
-"""Whether the targets are what DFL wants: distances from the anchor point, in cells."""
+"""Units and formats: targets in cells, boxes as xyxy in pixels, anchor points in cells."""
 
 from __future__ import annotations
 
@@ -9,44 +9,60 @@ import torch
 from torch import Tensor
 
 from ..geometry import bbox2dist
-from .evidence import Evidence, Geometry
+from .evidence import AGREE, Evidence, Geometry, agreement
 from .findings import Finding, Severity
 from .words import number, percent, row
 
-AGREE = 0.8  # the share of targets that a formula must give, before it counts as theirs
-TOLERANCE = 0.05  # cells
 ENOUGH = 20  # rows, below which nothing is concluded from how targets are distributed
+BEYOND = 1.25  # the largest number that a box leaving its image has as a fraction of it
+INVERTED = (3, 0.05)  # boxes with x2 < x1 or y2 < y1, as number and share, that no slip explains
+OUT, FITS = 0.6, 0.9  # shares of sides on the bins: below OUT is wrong, above FITS is right
 RIGHT = "targets = dflkern.dfl_targets(boxes, anchor_points * stride, stride, {num_bins})"
 
 
 class Guess(NamedTuple):
-    """A formula that the targets may have been made by."""
+    """What may be wrong, and the targets that it leads to."""
 
     codes: tuple[str, ...]
     values: Tensor
+    form: str = "xyxy"
 
 
 def units(evidence: Evidence) -> Iterator[Finding]:
-    """`coordinates`, `pixels`, `normalized`: by formula with boxes, by their looks without."""
+    """`coordinates`, `pixels`, `normalized`, `anchor-units`, `box-units` and `box-format`.
+
+    Where boxes, anchor points and stride are there, by comparing; else by how the values look.
+    """
     targets, geometry = evidence.targets, evidence.geometry
-    if targets is None or not len(targets):
-        return
     if geometry is None:
-        yield from _by_looks(evidence, targets[targets.isfinite().all(-1)])
-    elif evidence.given is None or targets.shape[-1] != 4:
-        yield from _boxes_in_pixels(evidence, geometry)
-    else:
-        yield from _by_formula(evidence, targets, geometry)
+        if evidence.boxes is not None:
+            yield from _boxes_by_looks(evidence, evidence.boxes.double())
+        if targets is not None:
+            yield from _by_looks(evidence, targets[targets.isfinite().all(-1)])
+    elif len(geometry.boxes):
+        found: list[Finding] = []
+        if evidence.given is not None and evidence.given.shape[-1] == 4:
+            found = list(_by_formula(evidence, evidence.given.double(), geometry))
+        yield from found or _by_fit(evidence, geometry)
 
 
 def _by_formula(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iterator[Finding]:
     """Compare the targets with what known mistakes would have made of these boxes."""
-    if _agreement(evidence, targets, geometry.distances) >= AGREE:
+    if agreement(evidence, targets, geometry.distances) >= AGREE:
         return
-    guesses = list(_guesses(evidence, targets, geometry))
-    shares = [_agreement(evidence, targets, guess.values) for guess in guesses]
+    # A reading that puts the targets on the bins says that they are right and the geometry is not.
+    readings = [
+        guess
+        for guess in _readings(geometry)
+        if guess.codes not in ((), ("pixels",)) and _on_bins(evidence, guess.values) > FITS
+    ]
+    guesses = [*readings, *_mistakes(evidence, targets, geometry)]
+    shares = [agreement(evidence, targets, guess.values) for guess in guesses]
     best = max(range(len(guesses)), key=lambda i: shares[i])
     if shares[best] < AGREE:
+        return
+    if best < len(readings):
+        yield from _misread(evidence, geometry, guesses[best], Severity.WARNING)
         return
     middle = _middle(geometry)
     should_be = geometry.distances[middle].clamp(evidence.low, evidence.bound)
@@ -55,12 +71,13 @@ def _by_formula(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iter
         f"and should be {row(should_be)}"
     )
     for code in guesses[best].codes:
-        yield _finding(evidence, code, shares[best], example, certain=True)
+        yield _finding(evidence, code, shares[best], example)
 
 
-def _guesses(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iterator[Guess]:
+def _mistakes(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iterator[Guess]:
+    """Wrong ways to make targets of boxes and anchor points that are right."""
     boxes, points, stride, distances = geometry
-    small = bool((targets.abs() <= 1).all())
+    small = _fractions(targets)
     yield Guess(("coordinates", "pixels"), boxes)
     yield Guess(("coordinates",), boxes / stride)
     if scale := _scale(evidence, targets, boxes):
@@ -70,6 +87,100 @@ def _guesses(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iterato
     yield Guess(("pixels",), bbox2dist(points * stride, boxes / stride))
     if small and (scale := _scale(evidence, targets, distances * stride)):
         yield Guess(("normalized",), distances * stride * scale)
+
+
+def _readings(geometry: Geometry) -> Iterator[Guess]:
+    """What boxes and anchor points may be instead of xyxy in pixels and points in cells."""
+    boxes, points, stride, _ = geometry
+    # Centres or corners of cells, in cells, are multiples of one half.
+    pixels = _on_grid(points / stride)
+    yield Guess(("pixels",), bbox2dist(points, boxes / stride**2))
+    for form, xyxy in _forms(boxes).items():
+        codes = () if form == "xyxy" else ("box-format",)
+        yield Guess(codes, bbox2dist(points, xyxy / stride), form)
+        if pixels or not _on_grid(points):
+            yield Guess((*codes, "anchor-units"), bbox2dist(points / stride, xyxy / stride), form)
+        if not pixels:
+            yield Guess((*codes, "box-units"), bbox2dist(points, xyxy), form)
+
+
+def _forms(boxes: Tensor) -> dict[str, Tensor]:
+    """The boxes as xyxy, by what they were; the names are those of torchvision's box_convert."""
+    first, size = boxes.chunk(2, -1)
+    return {
+        "xyxy": boxes,
+        "xywh": torch.cat((first, first + size), -1),
+        "cxcywh": torch.cat((first - size / 2, first + size / 2), -1),
+    }
+
+
+def _on_grid(points: Tensor) -> bool:
+    return bool(((2 * points - (2 * points).round()).abs() < 1e-3).double().mean() > 0.99)
+
+
+def _by_fit(evidence: Evidence, geometry: Geometry) -> Iterator[Finding]:
+    """Boxes and anchor points that only fit each other if they are read differently."""
+    boxes = geometry.boxes
+    if _fractions(boxes) and float(geometry.stride.max()) > 1:
+        yield from _boxes_by_looks(evidence, boxes)
+        return
+    if _on_bins(evidence, geometry.distances) >= OUT and not _inverted(boxes):
+        return
+    fitting = [g for g in _readings(geometry) if _on_bins(evidence, g.values) > FITS]
+    if not fitting:
+        yield from _boxes_by_looks(evidence, boxes)
+        return
+    fewest = min(len(guess.codes) for guess in fitting)
+    best = max(
+        (guess for guess in fitting if len(guess.codes) == fewest),
+        key=lambda guess: _on_bins(evidence, guess.values, spare=0),
+    )
+    yield from _misread(evidence, geometry, best, Severity.ERROR)
+
+
+def _misread(
+    evidence: Evidence, geometry: Geometry, guess: Guess, severity: Severity
+) -> Iterator[Finding]:
+    boxes, points, stride, distances = (values[_middle(geometry)] for values in geometry)
+    example = (
+        f"box {row(boxes)}, anchor point {row(points)}, stride {number(float(stride))}: distances "
+        f"{row(distances)}; {row(guess.values[_middle(geometry)])} if read as said"
+    )
+    share = 1 - _on_bins(evidence, distances)
+    for code in guess.codes:
+        yield _finding(evidence, code, share, example, severity, subject="boxes", form=guess.form)
+
+
+def _boxes_by_looks(evidence: Evidence, boxes: Tensor) -> Iterator[Finding]:
+    """`box-format` by boxes that end before they begin, `normalized` by their size."""
+    boxes = boxes[boxes.isfinite().all(-1)]
+    if share := _inverted(boxes):
+        first, size = boxes.chunk(2, -1)
+        # A centre is half a side or more from the edge of the image; a corner need not be.
+        corner = bool((first < 0.45 * size).any(-1).double().mean() >= 0.01)
+        example = f"a box is {row(boxes[(size < first).any(-1)][0])}"
+        yield _finding(evidence, "box-format", share, example, form="xywh" if corner else "cxcywh")
+    if len(boxes) and _fractions(boxes):
+        example = f"a box is {row(boxes[len(boxes) // 2])}"
+        yield _finding(evidence, "normalized", 1.0, example, subject="boxes")
+
+
+def _inverted(boxes: Tensor) -> float:
+    """The share of boxes with x2 < x1 or y2 < y1; 0 where it is no more than a slip."""
+    inverted = (boxes[:, 2:] < boxes[:, :2]).any(-1)
+    least, share = INVERTED
+    return (
+        float(inverted.sum()) / len(boxes)
+        if inverted.sum() >= max(least, share * len(boxes))
+        else 0.0
+    )
+
+
+def _fractions(values: Tensor) -> bool:
+    """All within 0 to 1, but for a few of boxes that leave the image."""
+    sizes = values[values.isfinite()].abs()
+    few = max(2.0, 0.02 * sizes.numel())
+    return bool(sizes.numel() and sizes.max() <= BEYOND and (sizes > 1).sum() <= few)
 
 
 def _middle(geometry: Geometry) -> int:
@@ -92,38 +203,10 @@ def _scale(evidence: Evidence, targets: Tensor, values: Tensor) -> float | None:
     return float(ratios.median()) if ratios.numel() >= ENOUGH else None
 
 
-def _agreement(evidence: Evidence, targets: Tensor, values: Tensor) -> float:
-    """The share of targets that are these values, clamped to the bins or where the targets were."""
-    finite = targets[targets.isfinite()]
-    if not finite.numel():
-        return 0.0
-    # Where all targets are small, so is what makes a difference.
-    tolerance = TOLERANCE * float(finite.abs().max().clamp(max=1))
-    low, high = min(float(finite.min()), evidence.low), max(float(finite.max()), evidence.bound)
-    return float(((targets - values.clamp(low, high)).abs() <= tolerance).double().mean())
-
-
-def _boxes_in_pixels(evidence: Evidence, geometry: Geometry) -> Iterator[Finding]:
-    """Boxes that would only fit their anchor points if they were divided by the stride again."""
-    boxes, points, stride, distances = geometry
-    middle = _middle(geometry)
-    if float(boxes.abs().max()) <= 1 and float(stride.max()) > 1:
-        example = f"{_described(geometry, middle)}: distances {row(distances[middle])}"
-        yield _finding(evidence, "normalized", 1.0, example, certain=True)
-        return
-    before = _inside(evidence, distances)
-    after = _inside(evidence, bbox2dist(points, boxes / stride**2))
-    if before < 0.6 and after > 0.9:
-        example = (
-            f"anchor point {row(points[middle])} of stride {number(float(stride[middle]))}, box "
-            f"{row((boxes / stride)[middle])} beside it: distances {row(distances[middle])}"
-        )
-        yield _finding(evidence, "pixels", 1 - before, example, certain=True)
-
-
-def _inside(evidence: Evidence, values: Tensor) -> float:
-    """The share of sides that the bins reach, with a cell to spare below."""
-    return float(((values > evidence.low - 1) & (values <= evidence.last)).double().mean())
+def _on_bins(evidence: Evidence, values: Tensor, spare: float = 1.0) -> float:
+    """The share of sides that the bins reach, with some cells to spare below."""
+    on = (values > evidence.low - spare) & (values <= evidence.last)
+    return float(on.double().mean())
 
 
 def _by_looks(evidence: Evidence, targets: Tensor) -> Iterator[Finding]:
@@ -139,11 +222,13 @@ def _by_looks(evidence: Evidence, targets: Tensor) -> Iterator[Finding]:
             yield _finding(evidence, "pixels", above, example)
     elif evidence.stride is not None and _in_pixels(evidence, targets, evidence.stride):
         stride = number(float(evidence.stride.median()))
-        yield _finding(evidence, "pixels", above, f"{example}, with a stride of {stride}")
-    largest = float(targets.abs().max())
-    if largest <= 1 and evidence.last >= 4 and evidence.low >= 0:
-        words = f"{example}; the largest of all is {number(largest)}"
-        yield _finding(evidence, "normalized", 1.0, words)
+        words = f"{example}, with a stride of {stride}"
+        yield _finding(evidence, "pixels", above, words, subject="either")
+    # Sides below 0 are those of tiny objects in cells, whose anchor points lie just outside.
+    within = float((targets < 0).double().mean()) < 0.05
+    if within and _fractions(targets) and evidence.last >= 4 and evidence.low >= 0:
+        words = f"{example}; the largest of all is {number(float(targets.abs().max()))}"
+        yield _finding(evidence, "normalized", 1.0, words, Severity.WARNING)
 
 
 def _ordered(evidence: Evidence, targets: Tensor) -> float | None:
@@ -200,17 +285,26 @@ def _in_pixels(evidence: Evidence, targets: Tensor, stride: Tensor) -> bool:
 
 
 def _finding(
-    evidence: Evidence, code: str, share: float, example: str, *, certain: bool = False
+    evidence: Evidence,
+    code: str,
+    share: float,
+    example: str,
+    severity: Severity = Severity.ERROR,
+    *,
+    subject: str = "targets",
+    form: str = "",
 ) -> Finding:
-    title, cause, fix = _TEXTS[code]
+    """The finding, in the words for its subject where there are several."""
+    title, cause, fix = _TEXTS.get(f"{code} {subject}") or _TEXTS[code]
+    words = {
+        "share": percent(share),
+        "right": RIGHT.format(num_bins=evidence.num_bins),
+        "form": form,
+        "other": "cxcywh" if form == "xywh" else "xywh",
+        "parts": "the first corner and the size" if form == "xywh" else "the centre and the size",
+    }
     return Finding(
-        code,
-        Severity.WARNING if code == "normalized" and not certain else Severity.ERROR,
-        title.format(share=percent(share)),
-        example,
-        cause,
-        fix.format(right=RIGHT.format(num_bins=evidence.num_bins)),
-        share,
+        code, severity, title.format(**words), example, cause, fix.format(**words), share
     )
 
 
@@ -227,9 +321,40 @@ _TEXTS = {
         "The division by the stride is missing, for the boxes or for the anchor points.",
         "{right}  # pixels in, cells out; or divide boxes AND anchor points by stride",
     ),
+    "pixels either": (
+        "{share} of the targets lie beyond the last bin, and all would fit if they were divided by "
+        "the stride: they are in pixels, or in cells and the objects are too large for the head.",
+        "In pixels: the division by the stride is missing. In cells: too few bins, and above-range "
+        "says how many are needed. Targets alone cannot tell; with boxes and anchor_points, "
+        "examine can.",
+        "{right}  # if they are in pixels",
+    ),
     "normalized": (
-        "Targets never pass 1: boxes as fractions of the image, it seems, not in cells.",
+        "The targets are at most about 1: fractions of the image, it seems, not cells.",
         "Boxes in 0 to 1, as label files have them, were not multiplied by the image size.",
         "boxes = boxes * image_size; {right}",
+    ),
+    "normalized boxes": (
+        "The boxes are fractions of the image, from 0 to 1; they should be in pixels.",
+        "Boxes in 0 to 1, as label files have them, were not multiplied by the image size.",
+        "boxes = boxes * torch.tensor([width, height, width, height])",
+    ),
+    "anchor-units": (
+        "The anchor points are in pixels; they should be in cells, (column + 0.5, row + 0.5).",
+        "They were multiplied by the stride, as detectors do for inference. With boxes in cells, "
+        "nearly every anchor point then lies far outside its box.",
+        "anchor_points = anchor_points / stride",
+    ),
+    "box-units": (
+        "The boxes are in cells; they should be in pixels.",
+        "They were divided by the stride already, and so will be divided twice.",
+        "boxes = boxes * stride  # or leave out the first division",
+    ),
+    "box-format": (
+        "The boxes are not x1, y1, x2, y2: they hold {parts} ({form}).",
+        "COCO and MOT label files hold corner, width and height, YOLO label files centre, width "
+        "and height. Read as two corners, many such boxes have x2 < x1 or y2 < y1.",
+        'boxes = torchvision.ops.box_convert(boxes, "{form}", "xyxy")  # try "{other}" if they do '
+        "not fit",
     ),
 }  # fmt: skip
