@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..geometry import bbox2dist
 from .evidence import AGREE, Evidence, Geometry, agreement
 from .findings import Finding, Severity
+from .readings import FITS, OUT, Guess, best_reading, fractions, inverted, on_bins, readings
 from .words import number, percent, row
 
 ENOUGH = 20  # rows, below which nothing is concluded from how targets are distributed
-BEYOND = 1.25  # the largest number that a box leaving its image has as a fraction of it
-INVERTED = (3, 0.05)  # boxes with x2 < x1 or y2 < y1, as number and share, that no slip explains
-OUT, FITS = 0.6, 0.9  # shares of sides on the bins: below OUT is wrong, above FITS is right
 RIGHT = "targets = dflkern.dfl_targets(boxes, anchor_points * stride, stride, {num_bins})"
-
-
-class Guess(NamedTuple):
-    """What may be wrong, and the targets that it leads to."""
-
-    codes: tuple[str, ...]
-    values: Tensor
-    form: str = "xyxy"
 
 
 def units(evidence: Evidence) -> Iterator[Finding]:
@@ -51,17 +39,17 @@ def _by_formula(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iter
     if agreement(evidence, targets, geometry.distances) >= AGREE:
         return
     # A reading that puts the targets on the bins says that they are right and the geometry is not.
-    readings = [
+    misread = [
         guess
-        for guess in _readings(geometry)
-        if guess.codes not in ((), ("pixels",)) and _on_bins(evidence, guess.values) > FITS
+        for guess in readings(geometry)
+        if guess.codes not in ((), ("pixels",)) and on_bins(evidence, guess.values) > FITS
     ]
-    guesses = [*readings, *_mistakes(evidence, targets, geometry)]
+    guesses = [*misread, *_mistakes(evidence, targets, geometry)]
     shares = [agreement(evidence, targets, guess.values) for guess in guesses]
     best = max(range(len(guesses)), key=lambda i: shares[i])
     if shares[best] < AGREE:
         return
-    if best < len(readings):
+    if best < len(misread):
         yield from _misread(evidence, geometry, guesses[best], Severity.WARNING)
         return
     middle = _middle(geometry)
@@ -77,7 +65,7 @@ def _by_formula(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iter
 def _mistakes(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iterator[Guess]:
     """Wrong ways to make targets of boxes and anchor points that are right."""
     boxes, points, stride, distances = geometry
-    small = _fractions(targets)
+    small = fractions(targets)
     yield Guess(("coordinates", "pixels"), boxes)
     yield Guess(("coordinates",), boxes / stride)
     if scale := _scale(evidence, targets, boxes):
@@ -89,64 +77,31 @@ def _mistakes(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iterat
         yield Guess(("normalized",), distances * stride * scale)
 
 
-def _readings(geometry: Geometry) -> Iterator[Guess]:
-    """What boxes and anchor points may be instead of xyxy in pixels and points in cells."""
-    boxes, points, stride, _ = geometry
-    # Centres or corners of cells, in cells, are multiples of one half.
-    pixels = _on_grid(points / stride)
-    yield Guess(("pixels",), bbox2dist(points, boxes / stride**2))
-    for form, xyxy in _forms(boxes).items():
-        codes = () if form == "xyxy" else ("box-format",)
-        yield Guess(codes, bbox2dist(points, xyxy / stride), form)
-        if pixels or not _on_grid(points):
-            yield Guess((*codes, "anchor-units"), bbox2dist(points / stride, xyxy / stride), form)
-        if not pixels:
-            yield Guess((*codes, "box-units"), bbox2dist(points, xyxy), form)
-
-
-def _forms(boxes: Tensor) -> dict[str, Tensor]:
-    """The boxes as xyxy, by what they were; the names are those of torchvision's box_convert."""
-    first, size = boxes.chunk(2, -1)
-    return {
-        "xyxy": boxes,
-        "xywh": torch.cat((first, first + size), -1),
-        "cxcywh": torch.cat((first - size / 2, first + size / 2), -1),
-    }
-
-
-def _on_grid(points: Tensor) -> bool:
-    return bool(((2 * points - (2 * points).round()).abs() < 1e-3).double().mean() > 0.99)
-
-
 def _by_fit(evidence: Evidence, geometry: Geometry) -> Iterator[Finding]:
     """Boxes and anchor points that only fit each other if they are read differently."""
     boxes = geometry.boxes
-    if _fractions(boxes) and float(geometry.stride.max()) > 1:
+    if fractions(boxes) and float(geometry.stride.max()) > 1:
         yield from _boxes_by_looks(evidence, boxes)
         return
-    if _on_bins(evidence, geometry.distances) >= OUT and not _inverted(boxes):
+    if on_bins(evidence, geometry.distances) >= OUT and not inverted(boxes):
         return
-    fitting = [g for g in _readings(geometry) if _on_bins(evidence, g.values) > FITS]
-    if not fitting:
+    best = best_reading(evidence, geometry)
+    if best is None:
         yield from _boxes_by_looks(evidence, boxes)
-        return
-    fewest = min(len(guess.codes) for guess in fitting)
-    best = max(
-        (guess for guess in fitting if len(guess.codes) == fewest),
-        key=lambda guess: _on_bins(evidence, guess.values, spare=0),
-    )
-    yield from _misread(evidence, geometry, best, Severity.ERROR)
+    else:
+        yield from _misread(evidence, geometry, best, Severity.ERROR)
 
 
 def _misread(
     evidence: Evidence, geometry: Geometry, guess: Guess, severity: Severity
 ) -> Iterator[Finding]:
-    boxes, points, stride, distances = (values[_middle(geometry)] for values in geometry)
+    middle = _middle(geometry)
+    boxes, points, stride, distances = (values[middle] for values in geometry)
     example = (
         f"box {row(boxes)}, anchor point {row(points)}, stride {number(float(stride))}: distances "
-        f"{row(distances)}; {row(guess.values[_middle(geometry)])} if read as said"
+        f"{row(distances)} cells as given, {row(guess.values[middle])} once corrected"
     )
-    share = 1 - _on_bins(evidence, distances)
+    share = 1 - on_bins(evidence, geometry.distances)
     for code in guess.codes:
         yield _finding(evidence, code, share, example, severity, subject="boxes", form=guess.form)
 
@@ -154,33 +109,15 @@ def _misread(
 def _boxes_by_looks(evidence: Evidence, boxes: Tensor) -> Iterator[Finding]:
     """`box-format` by boxes that end before they begin, `normalized` by their size."""
     boxes = boxes[boxes.isfinite().all(-1)]
-    if share := _inverted(boxes):
+    if share := inverted(boxes):
         first, size = boxes.chunk(2, -1)
         # A centre is half a side or more from the edge of the image; a corner need not be.
         corner = bool((first < 0.45 * size).any(-1).double().mean() >= 0.01)
         example = f"a box is {row(boxes[(size < first).any(-1)][0])}"
         yield _finding(evidence, "box-format", share, example, form="xywh" if corner else "cxcywh")
-    if len(boxes) and _fractions(boxes):
+    if fractions(boxes):
         example = f"a box is {row(boxes[len(boxes) // 2])}"
         yield _finding(evidence, "normalized", 1.0, example, subject="boxes")
-
-
-def _inverted(boxes: Tensor) -> float:
-    """The share of boxes with x2 < x1 or y2 < y1; 0 where it is no more than a slip."""
-    inverted = (boxes[:, 2:] < boxes[:, :2]).any(-1)
-    least, share = INVERTED
-    return (
-        float(inverted.sum()) / len(boxes)
-        if inverted.sum() >= max(least, share * len(boxes))
-        else 0.0
-    )
-
-
-def _fractions(values: Tensor) -> bool:
-    """All within 0 to 1, but for a few of boxes that leave the image."""
-    sizes = values[values.isfinite()].abs()
-    few = max(2.0, 0.02 * sizes.numel())
-    return bool(sizes.numel() and sizes.max() <= BEYOND and (sizes > 1).sum() <= few)
 
 
 def _middle(geometry: Geometry) -> int:
@@ -203,12 +140,6 @@ def _scale(evidence: Evidence, targets: Tensor, values: Tensor) -> float | None:
     return float(ratios.median()) if ratios.numel() >= ENOUGH else None
 
 
-def _on_bins(evidence: Evidence, values: Tensor, spare: float = 1.0) -> float:
-    """The share of sides that the bins reach, with some cells to spare below."""
-    on = (values > evidence.low - spare) & (values <= evidence.last)
-    return float(on.double().mean())
-
-
 def _by_looks(evidence: Evidence, targets: Tensor) -> Iterator[Finding]:
     """Without boxes: what only coordinates, pixels or normalised lengths look like."""
     if len(targets) < ENOUGH:
@@ -226,7 +157,7 @@ def _by_looks(evidence: Evidence, targets: Tensor) -> Iterator[Finding]:
         yield _finding(evidence, "pixels", above, words, subject="either")
     # Sides below 0 are those of tiny objects in cells, whose anchor points lie just outside.
     within = float((targets < 0).double().mean()) < 0.05
-    if within and _fractions(targets) and evidence.last >= 4 and evidence.low >= 0:
+    if within and fractions(targets) and evidence.last >= 4 and evidence.low >= 0:
         words = f"{example}; the largest of all is {number(float(targets.abs().max()))}"
         yield _finding(evidence, "normalized", 1.0, words, Severity.WARNING)
 
@@ -235,7 +166,7 @@ def _ordered(evidence: Evidence, targets: Tensor) -> float | None:
     """The share of pairs with right > left, or bottom > top, if it is that of coordinates.
 
     Right − left is the width of a box then, always positive; of distances it is as often negative.
-    With anchor points given, the middle of left and right must also follow their position.
+    With anchor points given, they must also lie between left and right, scaled as those are.
     """
     if targets.shape[-1] != 4:
         return None
@@ -250,25 +181,30 @@ def _ordered(evidence: Evidence, targets: Tensor) -> float | None:
         return None
     points = evidence.anchor_points
     if points is not None and len(points) == len(targets):
-        places = [points.double()]  # coordinates in cells follow these, in pixels the next
+        places = [points.double()]  # coordinates in cells contain these, in pixels the next
         if evidence.stride is not None:
             places.append(places[0] * evidence.stride[:, None])
-        if max(_follows(low + high, place, usable) for place in places) < 0.8:
+        if max(_contains(low, high, place, usable) for place in places) < 0.8:
             return None
     return share
 
 
-def _follows(values: Tensor, points: Tensor, usable: Tensor) -> float:
-    """The smaller one of the correlations along x and y."""
-    pairs = (torch.stack((values, points))[:, usable[:, i], i] for i in (0, 1))
-    return min(float(torch.corrcoef(pair)[0, 1]) for pair in pairs)
+def _contains(low: Tensor, high: Tensor, place: Tensor, usable: Tensor) -> float:
+    """The share of places, in the unit that suits them best, between low and high; x or y."""
+    shares = []
+    for i in (0, 1):
+        some = usable[:, i] & (place[:, i] > 0)
+        start, end, at = (values[some, i] for values in (low, high, place))
+        at = at * ((start + end) / (2 * at)).median()
+        shares.append(float(((start < at) & (at < end)).double().mean()))
+    return min(shares)
 
 
 def _in_pixels(evidence: Evidence, targets: Tensor, stride: Tensor) -> bool:
     """Many targets are out of reach, and dividing by the stride brings them all into it.
 
-    Objects that are merely too large for the head look alike where there is a single stride, so
-    only a majority counts; with several strides, pixels grow with the stride and cells do not.
+    Objects that are merely too large for the head look alike, so a majority must be out of reach;
+    or there are several strides, and targets grow with them as pixels do and cells do not.
     """
     if len(stride) != len(targets):
         return False
@@ -277,7 +213,7 @@ def _in_pixels(evidence: Evidence, targets: Tensor, stride: Tensor) -> bool:
     if above < 0.2 or reached < 0.99:
         return False
     strides = stride.unique()
-    if len(strides) == 1:
+    if above >= 0.5 or len(strides) == 1:
         return above >= 0.5
     medians = [targets[stride == s].median() for s in strides]
     growth = (medians[-1] / medians[0].clamp(min=1e-6)).log() / (strides[-1] / strides[0]).log()
