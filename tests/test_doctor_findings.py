@@ -71,6 +71,17 @@ def test_the_proposed_number_of_bins_is_the_one_in_the_table():
     assert table.splitlines()[1].endswith(f" {wanted}")
 
 
+def test_no_number_of_bins_is_proposed_for_targets_in_a_wrong_unit():
+    given = case()
+    given["targets"] = given["boxes"] / 640 * 17
+    report = doctor.examine(**given)
+    assert report.findings[0].code == "coordinates"
+    assert only(report, "above-range").because == "coordinates"
+    assert not any(level.wanted_bins for level in report.levels)
+    assert "bins would cover" not in str(report)
+    assert "99.5 %" not in str(report)
+
+
 def test_large_objects_in_cells_and_pixels_are_two_readings():
     """Up to 23.4 cells of 32 pixels, or 23.4 pixels: targets and stride cannot tell."""
     targets = torch.linspace(9, 23.4, 400).reshape(100, 4)[:, [0, 2, 1, 3]].flip(-1)

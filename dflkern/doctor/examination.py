@@ -85,15 +85,14 @@ def examine(
 
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
-    evidence = gather(
-        targets, num_bins, logits, boxes, anchor_points, stride, losses, gradients, project,
-        margin, weight, normalizer, foreground, dim,
-    )  # fmt: skip
-    given = {
+    given: dict[str, Any] = {
         "targets": targets, "logits": logits, "boxes": boxes, "anchor_points": anchor_points,
         "stride": stride, "losses": losses, "gradients": gradients, "weight": weight,
         "normalizer": normalizer,
     }  # fmt: skip
+    evidence = gather(
+        num_bins=num_bins, project=project, margin=margin, foreground=foreground, dim=dim, **given
+    )
     return Report(
         arrange([finding for check in CHECKS for finding in check(evidence)]),
         ranges.levels(evidence),

@@ -91,7 +91,8 @@ class Level:
         largest: the largest finite target; None if there is none.
         reach: the longest distance from an anchor point to a side that the bins can express, in
             pixels (in cells without stride).
-        wanted_bins: the K that would cover 99.5 % of the sides of this level; None with a project.
+        wanted_bins: the K that would cover 99.5 % of the sides of this level; None with a project,
+            and where the targets are not in cells.
         counts: how many sides fall below W_0, into each [W_k, W_{k+1}), and above W_{K−1}.
     """
 

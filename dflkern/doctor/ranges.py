@@ -11,6 +11,7 @@ from torch import Tensor
 from ..reference import two_bins
 from .evidence import AGREE, Evidence, agreement
 from .findings import Finding, Level, Severity
+from .units import may_be_cells
 from .words import by_share, number, percent, row
 
 COVERED = 0.995  # of the sides, by the K that the doctor proposes
@@ -25,14 +26,18 @@ def levels(evidence: Evidence) -> tuple[Level, ...]:
     if targets is None:
         return ()
     given, values = evidence.at_bound(targets), _unclamped(evidence, targets)
+    sensible = evidence.project is None and may_be_cells(evidence)
     if steps is None or len(steps.unique()) > MAX_LEVELS:
-        return (_level(evidence, None, values, given),)
+        return (_level(evidence, None, values, given, sensible),)
     return tuple(
-        _level(evidence, float(s), values[steps == s], given[steps == s]) for s in steps.unique()
+        _level(evidence, float(s), values[steps == s], given[steps == s], sensible)
+        for s in steps.unique()
     )
 
 
-def _level(evidence: Evidence, stride: float | None, values: Tensor, at_bound: Tensor) -> Level:
+def _level(
+    evidence: Evidence, stride: float | None, values: Tensor, at_bound: Tensor, sensible: bool
+) -> Level:
     values = values[~values.isnan()]
     finite = values[values.isfinite()]
     edges = evidence.project
@@ -48,18 +53,15 @@ def _level(evidence: Evidence, stride: float | None, values: Tensor, at_bound: T
         at_bound=_share(at_bound),
         largest=float(finite.max()) if len(finite) else None,
         reach=evidence.last * (stride or 1.0),
-        wanted_bins=_bins_for(values, evidence) if len(finite) else None,
+        wanted_bins=_bins_for(finite, evidence.margin) if sensible and len(finite) else None,
         counts=tuple(torch.bincount(place, minlength=len(edges) + 1).tolist()),
     )
 
 
-def _bins_for(values: Tensor, evidence: Evidence) -> int | None:
-    """The K that reaches nearly all of the values; None with a project, whose steps are its own."""
-    if evidence.project is not None:
-        return None
-    ordered = values[values.isfinite()].sort().values
-    covered = float(ordered[min(int(COVERED * len(ordered)), len(ordered) - 1)])
-    return max(2, math.ceil(covered + evidence.margin) + 1)
+def _bins_for(values: Tensor, margin: float) -> int:
+    """The K that reaches nearly all of the values."""
+    covered = float(values.sort().values[min(int(COVERED * len(values)), len(values) - 1)])
+    return max(2, math.ceil(covered + margin) + 1)
 
 
 def _unclamped(evidence: Evidence, targets: Tensor) -> Tensor:
@@ -111,8 +113,8 @@ def _negative(evidence: Evidence, values: Tensor, designed: Tensor) -> Iterator[
         yield Finding(
             "tiny-objects",
             Severity.NOTE,
-            f"{percent(share)} of the distances lie below the first bin, all of objects with a "
-            f"side under {least} px whose anchor point is just outside.",
+            f"{percent(share)} of the distances lie below the first bin, all of objects under "
+            f"{least} px wide or high, whose anchor point is just outside.",
             _worst(values.where(below & designed, 0).amin(-1).argmin(), values),
             "Ultralytics 8.4's assigner enlarges sides below the second stride to it, so that tiny "
             "objects get more anchors. This is by design. DFL trains these sides on the first bin.",
@@ -144,12 +146,12 @@ def _above(evidence: Evidence, values: Tensor) -> Iterator[Finding]:
     if not (share := _share(above)):
         return
     last, table = evidence.last, levels(evidence)
-    wanted = None if evidence.project is not None else max(i.wanted_bins or 2 for i in table)
+    wanted = max((i.wanted_bins for i in table if i.wanted_bins), default=None)
     enough = "" if wanted is None else f" {wanted} bins would cover 99.5 % of each level's sides."
     worst = int(values.where(above, 0).amax(-1).argmax())
     largest = float(values[worst].where(above[worst], 0).max())
-    weights = ""
-    if evidence.project is None and largest > last:
+    weights, given = "", evidence.given
+    if evidence.project is None and given is not None and bool((given > last).any()):
         weights = (
             f"; without a clamp, {number(largest)} weighs the last bin with "
             f"{number(largest - last + 1)} and the one before with {number(last - largest)}"

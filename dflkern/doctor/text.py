@@ -10,8 +10,6 @@ from .words import number, percent
 
 WIDTH = 100
 LABEL = 9
-# Findings beside which a proposed K means nothing; `pixels` may be cells of large objects.
-UNITS = ("box-format", "anchor-units", "box-units", "coordinates", "normalized")
 
 
 def render(report: Report) -> str:
@@ -74,7 +72,7 @@ def _levels(report: Report) -> str:
         )
         for level in report.levels
     ]
-    if any(finding.code in UNITS for finding in report):
+    if not any(level.wanted_bins for level in report.levels):
         columns, rows = columns[:-1], [line[:-1] for line in rows]
     return f"Targets as DFL takes them, K = {report.num_bins}:\n{_table(columns, rows)}"
 

@@ -34,6 +34,12 @@ def units(evidence: Evidence) -> Iterator[Finding]:
         yield from found or _by_fit(evidence, geometry)
 
 
+def may_be_cells(evidence: Evidence) -> bool:
+    """Whether the targets are in cells for all that is known; pixels by looks may be."""
+    codes = [finding.code for finding in units(evidence)]
+    return not codes or (codes == ["pixels"] and evidence.geometry is None)
+
+
 def _by_formula(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iterator[Finding]:
     """Compare the targets with what known mistakes would have made of these boxes."""
     if agreement(evidence, targets, geometry.distances) >= AGREE:
@@ -52,12 +58,9 @@ def _by_formula(evidence: Evidence, targets: Tensor, geometry: Geometry) -> Iter
     if best < len(misread):
         yield from _misread(evidence, geometry, guesses[best], Severity.WARNING)
         return
-    middle = _middle(geometry)
+    middle, described = _example(geometry)
     should_be = geometry.distances[middle].clamp(evidence.low, evidence.bound)
-    example = (
-        f"{_described(geometry, middle)}: the target is {row(targets[middle])}, "
-        f"and should be {row(should_be)}"
-    )
+    example = f"{described}: the target is {row(targets[middle])}, and should be {row(should_be)}"
     for code in guesses[best].codes:
         yield _finding(evidence, code, shares[best], example)
 
@@ -95,11 +98,10 @@ def _by_fit(evidence: Evidence, geometry: Geometry) -> Iterator[Finding]:
 def _misread(
     evidence: Evidence, geometry: Geometry, guess: Guess, severity: Severity
 ) -> Iterator[Finding]:
-    middle = _middle(geometry)
-    boxes, points, stride, distances = (values[middle] for values in geometry)
+    middle, described = _example(geometry)
     example = (
-        f"box {row(boxes)}, anchor point {row(points)}, stride {number(float(stride))}: distances "
-        f"{row(distances)} cells as given, {row(guess.values[middle])} once corrected"
+        f"{described}: distances {row(geometry.distances[middle])} cells as given, "
+        f"{row(guess.values[middle])} once corrected"
     )
     share = 1 - on_bins(evidence, geometry.distances)
     for code in guess.codes:
@@ -120,17 +122,12 @@ def _boxes_by_looks(evidence: Evidence, boxes: Tensor) -> Iterator[Finding]:
         yield _finding(evidence, "normalized", 1.0, example, subject="boxes")
 
 
-def _middle(geometry: Geometry) -> int:
-    """A row for an example that is not extreme."""
-    return int(geometry.distances[:, 0].argsort()[len(geometry.distances) // 2])
-
-
-def _described(geometry: Geometry, row_number: int) -> str:
-    boxes, points, stride, _ = (values[row_number] for values in geometry)
-    return (
-        f"box {row(boxes)} in pixels, anchor point {row(points)} in cells of "
-        f"{number(float(stride))} pixels"
-    )
+def _example(geometry: Geometry) -> tuple[int, str]:
+    """A row that is not extreme, and what is in it."""
+    middle = int(geometry.distances[:, 0].argsort()[len(geometry.distances) // 2])
+    boxes, points, stride, _ = (values[middle] for values in geometry)
+    words = f"box {row(boxes)}, anchor point {row(points)}, stride {number(float(stride))}"
+    return middle, words
 
 
 def _scale(evidence: Evidence, targets: Tensor, values: Tensor) -> float | None:
@@ -190,7 +187,7 @@ def _ordered(evidence: Evidence, targets: Tensor) -> float | None:
 
 
 def _contains(low: Tensor, high: Tensor, place: Tensor, usable: Tensor) -> float:
-    """The share of places, in the unit that suits them best, between low and high; x or y."""
+    """The share of places, in the unit that suits best, between low and high: the lower of x, y."""
     shares = []
     for i in (0, 1):
         some = usable[:, i] & (place[:, i] > 0)
