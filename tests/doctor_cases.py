@@ -155,6 +155,11 @@ def pixels_of_anchor_points(case, head):
     return case | {"targets": targets}
 
 
+def pixels_of_boxes(case, head):
+    """Anchor points in cells, boxes not divided."""
+    return case | {"targets": dflkern.bbox2dist(case["anchor_points"], case["boxes"])}
+
+
 def boxes_in_pixels(case, head):
     """No targets, and boxes that the loss takes for cells."""
     return _without(case, "targets") | {"boxes": case["boxes"] * case["stride"]}
@@ -418,6 +423,7 @@ FAULTS = {
     pixels_unclamped: "pixels",
     pixels_without_boxes: "pixels",
     pixels_of_anchor_points: "pixels",
+    pixels_of_boxes: "pixels",
     boxes_in_pixels: "pixels",
     normalized_distances: "normalized",
     normalized_bare: "normalized",

@@ -199,6 +199,19 @@ def test_the_fix_names_torchvisions_format():
             assert f'box_convert(boxes, "{form}", "xyxy")' in finding.fix
 
 
+@pytest.mark.parametrize("form", ["xywh", "cxcywh"])
+def test_the_format_of_objects_within_a_cell(form):
+    """Corner or centre, and pixels or cells, are then less than a cell apart."""
+    points, stride = dflkern.make_anchors([(40, 40)], [8])
+    centre, size = points * 8, 3 + 3 * torch.rand(1600, 2)
+    boxes = torch.cat((centre if form == "cxcywh" else centre - size / 2, size), -1)
+    given = {"boxes": boxes, "stride": stride, "num_bins": 16}
+    for scale, expected in ((1, ["box-format"]), (8, ["box-format", "anchor-units"])):
+        report = doctor.examine(**given, anchor_points=points * scale)
+        assert [f.code for f in report if f.because is None] == expected
+        assert f'"{form}", "xyxy"' in report.findings[0].fix
+
+
 def test_a_slip_is_no_format():
     """Two boxes in four hundred with their corners swapped."""
     given = case()

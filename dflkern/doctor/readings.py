@@ -28,15 +28,14 @@ def readings(geometry: Geometry) -> Iterator[Guess]:
     """What boxes and anchor points may be instead of xyxy in pixels and points in cells."""
     boxes, points, stride, _ = geometry
     # Centres or corners of cells, in cells, are multiples of one half.
-    pixels = _on_grid(points / stride)
+    may_be_pixels = _on_grid(points / stride) or not _on_grid(points)
     yield Guess(("pixels",), bbox2dist(points, boxes / stride**2))
     for form, xyxy in _forms(boxes).items():
         codes = () if form == "xyxy" else ("box-format",)
         yield Guess(codes, bbox2dist(points, xyxy / stride), form)
-        if pixels or not _on_grid(points):
+        if may_be_pixels:
             yield Guess((*codes, "anchor-units"), bbox2dist(points / stride, xyxy / stride), form)
-        if not pixels:
-            yield Guess((*codes, "box-units"), bbox2dist(points, xyxy), form)
+        yield Guess((*codes, "box-units"), bbox2dist(points, xyxy), form)
 
 
 def _forms(boxes: Tensor) -> dict[str, Tensor]:
@@ -54,13 +53,12 @@ def _on_grid(points: Tensor) -> bool:
 
 
 def best_reading(evidence: Evidence, geometry: Geometry) -> Guess | None:
-    """The reading that puts the anchor points into their boxes, with as few changes as it takes."""
+    """The reading that puts most anchor points into their boxes; None if none does.
+
+    What is small fits in pixels and in cells: of readings that are as good, the first counts.
+    """
     fitting = [guess for guess in readings(geometry) if on_bins(evidence, guess.values) > FITS]
-    return max(
-        fitting,
-        key=lambda guess: (-len(guess.codes), on_bins(evidence, guess.values, spare=0)),
-        default=None,
-    )
+    return max(fitting, key=lambda guess: on_bins(evidence, guess.values, spare=0), default=None)
 
 
 def inverted(boxes: Tensor) -> float:
