@@ -99,7 +99,27 @@ def like_logits(gradient: Tensor, logits: Tensor) -> Tensor:
 
 def serves_cpu(logits: Tensor, backend: str) -> bool:
     """Whether the CPU library, which takes any logits, is what was asked for, and there."""
-    return backend in ("auto", "cpu") and logits.device.type == "cpu" and native.load()
+    return (
+        backend in ("auto", "cpu")
+        and logits.device.type == "cpu"
+        and native.load()
+        and _traceable()
+    )
+
+
+@functools.cache
+def _traceable() -> bool:
+    """Let compiled autograd trace the backward of an eager call, which calls the C++ operators."""
+    for name, logits in (
+        ("dfl_loss_backward", 1), ("dfl_decode_backward", 1), ("dfl_loss_and_decode_backward", 2),
+        ("decode_boxes_backward", 1), ("box_loss_backward", 2), ("box_loss_backward_kept", 2),
+    ):  # fmt: skip
+        torch.library.register_fake(
+            f"dflkern::_cpu_{name}",
+            lambda *arguments, logits=logits: torch.empty_like(arguments[logits]),
+            allow_override=True,
+        )
+    return True
 
 
 def distributions(
