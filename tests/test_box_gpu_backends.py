@@ -97,31 +97,6 @@ def test_box_loss(gpu_kernels, device, poisoned, layout, bins, dtype, iou, proje
     assert (of_anchors[~foreground | (scores.sum(-1) == 0)] == 0).all()
 
 
-@pytest.mark.parametrize("normalizer", [0.0, float("nan")])
-def test_nothing_in_the_foreground(gpu_kernels, device, normalizer):
-    logits, _ = logits_of("rows", 16, torch.float32, device)
-    points, boxes, foreground = step_of(16, device)
-    weight = torch.ones(BATCH, ANCHORS, device=device)
-    for given, mask in ((weight, torch.zeros_like(foreground)), (weight[..., None][..., :0], None)):
-        leaf = logits.detach().requires_grad_()
-        losses = dflkern.box_loss(leaf, points, boxes, given, normalizer, foreground=mask)
-        assert [loss.item() for loss in losses] == [0, 0]
-        sum(losses).backward()
-        assert (leaf.grad == 0).all()
-
-
-def test_nan_in_the_foreground_is_not_hidden(gpu_kernels, device):
-    logits, _ = logits_of("rows", 16, torch.float32, device)
-    points, boxes, _ = step_of(16, device)
-    logits[1, 2, 3, 4] = torch.nan
-    weight = torch.ones(BATCH, ANCHORS, device=device)
-    losses = dflkern.box_loss(logits, points, boxes, weight, 1.0)
-    assert all(loss.isnan() for loss in losses)
-    boxes[0, 0, 1] = torch.nan
-    losses = dflkern.box_loss(torch.zeros_like(logits), points, boxes, weight, 1.0)
-    assert all(loss.isnan() for loss in losses)
-
-
 def test_no_anchors(gpu_kernels, device):
     leaf = torch.randn(2, 0, 4, 16, device=device, requires_grad=True)
     points, boxes = torch.empty(0, 2, device=device), torch.empty(2, 0, 4, device=device)

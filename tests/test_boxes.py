@@ -237,49 +237,6 @@ def test_ciou_gradients_equal_those_of_the_reference_by_autograd():
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("dim", [-1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_background_and_weightless_anchors_never_matter(dim, dtype):
-    logits, anchors, boxes, weight, foreground = box_problem(dim, dtype)
-    foreground[0, :3] = torch.tensor([True, False, True])
-    weight[0, 2] = 0
-    options = {"dim": dim, "foreground": foreground}
-    leaf = logits.clone().requires_grad_()
-    expected = dflkern.box_loss(leaf, anchors, boxes, weight, 2.0, **options)
-    (gradient,) = torch.autograd.grad(sum(expected), leaf)
-    nan = float("nan")
-    matters = foreground & (weight != 0)
-    boxes, weight = boxes.clone(), weight.clone()
-    boxes[~matters] = nan
-    weight[~foreground] = nan
-    rows = logits if dim == -1 else logits.permute(0, 3, 1, 2)
-    rows[~matters] = nan
-    leaf = logits.requires_grad_()
-    losses = dflkern.box_loss(leaf, anchors, boxes, weight, 2.0, **options)
-    (again,) = torch.autograd.grad(sum(losses), leaf)
-    for a, b in zip(losses, expected, strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(again, gradient)
-
-
-@pytest.mark.parametrize("normalizer", [0.0, float("nan"), float("inf"), 3.0])
-def test_no_foreground_gives_zero_whatever_the_normalizer(normalizer):
-    logits, anchors, boxes, weight, foreground = box_problem(2)
-    leaf = logits.requires_grad_()
-    for options in (
-        {"foreground": torch.zeros_like(foreground), "weight": weight},
-        {"weight": torch.zeros_like(weight)},
-    ):
-        losses = dflkern.box_loss(leaf, anchors, boxes, normalizer=normalizer, dim=2, **options)
-        assert [x.item() for x in losses] == [0, 0]
-        (gradient,) = torch.autograd.grad(sum(losses), leaf)
-        assert not gradient.any()
-    none = torch.zeros(0, 4, 8, 5, requires_grad=True)
-    losses = dflkern.box_loss(none, anchors, boxes[:0], weight[:0], normalizer, dim=2)
-    assert [x.item() for x in losses] == [0, 0]
-    sum(losses).backward()
-
-
 def test_dfl_trains_on_the_clamp_and_iou_on_the_true_box():
     """A box beyond the last bin: DFL sees K − 1 − margin, the IoU the box itself."""
     logits = torch.zeros(1, 1, 4, 8)

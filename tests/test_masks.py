@@ -4,34 +4,22 @@ import pytest
 import torch
 
 import dflkern
-from dflkern import eager
-
-BACKENDS = ("cpu", "cpu-registered", "reference", "triton")
 
 
-@pytest.fixture(params=BACKENDS)
-def box_backend(request, monkeypatch):
-    """Every way a box loss can run without a GPU."""
-    name, _, registered = request.param.partition("-")
-    monkeypatch.setattr(eager, "ENABLED", not registered)
-    with dflkern.use_backend(name):
-        yield request.param
-
-
-def losses(foreground, dim=-1):
+def losses(foreground, device, dim=-1):
     """Both losses of random boxes with this mask, and the gradient of the logits."""
     generator = torch.Generator().manual_seed(1)
     batch, anchors = foreground.shape
     logits = torch.randn(batch, anchors, 4, 16, generator=generator)
     if dim == 2:
         logits = logits.permute(0, 2, 3, 1).contiguous()
-    logits.requires_grad_()
     points = torch.rand(anchors, 2, generator=generator) * 10
     boxes = torch.cat((points - 2, points + 3), -1).expand(batch, -1, -1)
     weight = torch.rand(batch, anchors, generator=generator) + 0.1
-    pair = dflkern.box_loss(logits, points, boxes, weight, 3.0, foreground=foreground, dim=dim)
-    sum(pair).backward()
-    return *pair, logits.grad
+    leaf, *others = (t.to(device) for t in (logits, points, boxes, weight, foreground))
+    leaf.requires_grad_()
+    pair = dflkern.box_loss(leaf, *others[:3], 3.0, foreground=others[3], dim=dim)
+    return *pair, *torch.autograd.grad(sum(pair), leaf)
 
 
 def as_mask(values):
@@ -40,26 +28,30 @@ def as_mask(values):
 
 @pytest.mark.parametrize("dim", [-1, 2])
 @pytest.mark.parametrize("byte", [2, 128, 255])
-def test_any_nonzero_byte_is_foreground(box_backend, byte, dim):
+def test_any_nonzero_byte_is_foreground(backend, device, byte, dim):
     odd = torch.full((2, 67), byte, dtype=torch.uint8).view(torch.bool)
     for actual, expected in zip(
-        losses(odd, dim), losses(torch.ones(2, 67, dtype=torch.bool), dim), strict=True
+        losses(odd, device, dim),
+        losses(torch.ones(2, 67, dtype=torch.bool), device, dim),
+        strict=True,
     ):
         assert torch.equal(actual, expected)
 
 
-def test_each_anchor_counts_once_whatever_its_bits(box_backend):
+def test_each_anchor_counts_once_whatever_its_bits(backend, device):
     """All 256 bytes, in groups of eight, which the CPU kernel reads as one word."""
     byte = torch.arange(512) * 37 % 256
     odd, plain = as_mask(byte.tolist())[None], (byte != 0)[None]
-    for actual, expected in zip(losses(odd), losses(plain), strict=True):
+    for actual, expected in zip(losses(odd, device), losses(plain, device), strict=True):
         assert torch.equal(actual, expected)
 
 
-def test_a_strided_mask_of_odd_bytes(box_backend):
+def test_a_strided_mask_of_odd_bytes(backend, device):
     byte = torch.arange(2 * 70 * 3).view(2, 70, 3) * 91 % 256
     odd = byte.to(torch.uint8).view(torch.bool)[..., 1]
-    for actual, expected in zip(losses(odd), losses(byte[..., 1] != 0), strict=True):
+    for actual, expected in zip(
+        losses(odd, device), losses(byte[..., 1] != 0, device), strict=True
+    ):
         assert torch.equal(actual, expected)
 
 
