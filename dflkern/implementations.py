@@ -60,7 +60,11 @@ def transformed() -> bool:
 
 def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
     """ctx.save_for_backward, which refuses tensors made in inference mode: copies of those."""
-    ctx.save_for_backward(*(None if t is None else savable(t) for t in tensors))
+    for t in tensors:
+        if t is not None and t.is_inference():
+            tensors = tuple(None if t is None else savable(t) for t in tensors)
+            break
+    ctx.save_for_backward(*tensors)
 
 
 @functools.lru_cache(maxsize=64)

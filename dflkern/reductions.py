@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import savable
 
-# PyTorch sums up to 32 768 values on one thread; the square root of that balances both stages
-_ONE_THREAD = 4096
+_ONE_THREAD = 4096  # values of one stage of a sum; PyTorch takes several threads beyond 32 768
 
 
 def reduce(loss: Tensor, weight: Tensor | None, reduction: str, sides: int) -> Tensor:
@@ -29,12 +29,13 @@ def total(values: Tensor) -> Tensor:
     """The sum of all values, in an order that does not depend on the number of threads.
 
     PyTorch splits a sum over a whole tensor into a part for each thread. A sum over an axis that
-    leaves many results, or over few values, stays on one thread.
+    leaves many results, or over few values, stays on one thread. torch.compile has sums of its own.
     """
-    rest = values.reshape(-1)
-    while rest.device.type == "cpu" and len(rest) > _ONE_THREAD:
-        rest = F.pad(rest, (0, -len(rest) % _ONE_THREAD)).view(-1, _ONE_THREAD).sum(1)
-    return rest.sum()
+    staged = values.device.type == "cpu" and values.numel() > _ONE_THREAD
+    if staged and not torch.compiler.is_compiling():
+        rows = F.pad(values.reshape(-1), (0, -values.numel() % _ONE_THREAD))
+        return total(rows.view(-1, _ONE_THREAD).sum(1))
+    return values.sum()
 
 
 def upstream(
