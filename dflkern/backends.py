@@ -155,18 +155,15 @@ def why_not(backend: str, op: str, problem: Problem) -> list[str]:
 
 def _refusals(backend: str, op: str, problem: Problem) -> list[str]:
     """`why_not`, after loading the library, which the first call on a CPU builds."""
-    reasons = why_not(backend, op, problem)
-    if backend == "cpu" and not reasons:
+    if backend == problem.device.type == "cpu":
         from . import native
 
         native.load()
-        return native.refusals()
-    if backend == "cuda" and not reasons:
+    if backend == problem.device.type == "cuda":
         from . import cuda_library
 
         cuda_library.load()
-        return cuda_library.refusals()
-    return reasons
+    return why_not(backend, op, problem)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from . import cuda_library, native
-from .compiler import BuildError
+from .library import BuildError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

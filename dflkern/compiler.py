@@ -6,14 +6,19 @@ import functools
 import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from .library import BuildError
+from .library.processes import run
+from .library.reporting import announce
 
 ABI_TARGET = "2.10"
 CPU_SOURCES = (
@@ -28,10 +33,8 @@ FLAGS = (
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")
 # Instructions that a library built for other machines may use
 PORTABLE = {"x86_64": ("avx2", "fma", "f16c"), "AMD64": ("avx2", "fma", "f16c")}
-
-
-class BuildError(RuntimeError):
-    """Why a library could not be built, and what to do."""
+# Seconds, for what takes 10 to 30, 1 and 0.1
+COMPILE_TIMEOUT, LINK_TIMEOUT, VERSION_TIMEOUT = 300.0, 60.0, 10.0
 
 
 def sources() -> Path:
@@ -45,27 +48,88 @@ def sources() -> Path:
     )
 
 
-def find_compiler() -> str:
-    """The path of a C++ compiler: $CXX, else c++, g++ or clang++."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        path = shutil.which(name)
-        if path:
-            return path
-    raise BuildError(
-        f"no C++ compiler was found (looked for {', '.join(names)}); install one, with "
-        "apt install g++ for example, or name it in the environment variable CXX"
-    )
+def with_includes(names: Iterable[str]) -> list[Path]:
+    """Source files of csrc and all that they include from there, sorted: what is compiled."""
+    folder = sources()
+    found: dict[str, Path] = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = folder / name
+            text = found[name].read_text(encoding="utf-8")
+            waiting += re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE)
+    return [found[name] for name in sorted(found)]
 
 
-@functools.cache
-def compiler_version(compiler: str) -> str:
-    """What the compiler says of itself."""
+def digest(names: Iterable[str], *facts: object) -> str:
+    """A key for what is compiled from source files of csrc under the given facts."""
+    found = hashlib.sha256(repr(facts).encode())
+    for path in with_includes(names):
+        content = path.read_bytes()
+        found.update(f"{path.name} {len(content)} ".encode() + content)
+    return found.hexdigest()[:32]
+
+
+def compilers() -> list[tuple[str, ...]]:
+    """The commands of this machine's C++ compilers, best first; runs none of them.
+
+    $CXX, then c++, g++ and clang++. $CXX may have arguments: "ccache g++", "g++ -O2".
+
+    Raises:
+        BuildError: if there is none.
+    """
+    wanted = [*filter(None, [_named()]), ("c++",), ("g++",), ("clang++",)]
+    paths = [(shutil.which(words[0]), words) for words in wanted]
+    found = [(path, *words[1:]) for path, words in paths if path]
+    if not found:
+        raise BuildError(
+            f"no C++ compiler was found (looked for {', '.join(map(shlex.join, wanted))}); install "
+            "one, with apt install g++ for example, or name it in the environment variable CXX"
+        )
+    return found
+
+
+def _named() -> tuple[str, ...]:
+    """The words of $CXX; none if it is not set, or has an open quotation mark."""
     try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise BuildError(f"{compiler} does not run: {error}") from error
-    return done.stdout
+        return tuple(shlex.split(os.environ.get("CXX", "")))
+    except ValueError:
+        return ()
+
+
+def compiler_identity() -> str:
+    """Which compilers a build would try; installing, removing or naming another one changes it."""
+    parts = [str(torch.__version__)]
+    for command in compilers():
+        for word in command:
+            path = shutil.which(word)
+            status = os.stat(path) if path else None
+            parts.append(f"{word} {status and (status.st_size, status.st_mtime_ns)}")
+    return "; ".join(parts)
+
+
+def working_compiler(scratch: Path | None = None) -> tuple[tuple[str, ...], str]:
+    """The first compiler that answers to --version, and the first line of its answer.
+
+    Says so on stderr if $CXX names another one.
+
+    Raises:
+        BuildError: if there is none, with what each said.
+    """
+    refusals: list[BuildError] = []
+    for command in compilers():
+        try:
+            answer = run([[*command, "--version"]], timeout=VERSION_TIMEOUT, scratch=scratch)[0]
+        except BuildError as error:
+            refusals.append(error)
+            continue
+        named = _named()
+        if os.environ.get("CXX") and (named and shutil.which(named[0]), *named[1:]) != command:
+            why = f" ({refusals[0]})" if refusals else ""
+            announce(f"CXX={os.environ['CXX']} is not a working compiler{why}; using {command[0]}")
+        return command, answer.strip().partition("\n")[0]
+    raise type(refusals[-1])("; ".join(map(str, refusals)))
 
 
 @functools.cache
@@ -91,63 +155,49 @@ def target_flags(portable: bool) -> tuple[str, ...]:
     return tuple(f"-m{feature}" for feature in PORTABLE.get(platform.machine(), ()))
 
 
-def key(compiler: str) -> str:
-    """What a cached build depends on, as a name."""
-    digest = hashlib.sha256()
-    for path in sorted(sources().iterdir()):
-        if path.suffix in (".cpp", ".h"):
-            digest.update(path.name.encode() + path.read_bytes())
-    environment = (
-        ABI_TARGET, compiler, compiler_version(compiler), FLAGS, TORCH_FLAGS, target_flags(False),
+def key() -> str:
+    """What a cached build depends on, as a name. No compiler: a build serves without one."""
+    return digest(
+        CPU_SOURCES, ABI_TARGET, FLAGS, TORCH_FLAGS, target_flags(False),
         platform.system(), platform.machine(), cpu_features(),
     )  # fmt: skip
-    digest.update(repr(environment).encode())
-    return digest.hexdigest()[:32]
 
 
-def build(target: Path, *, compiler: str, portable: bool = False) -> None:
-    """Compile the CPU library and put it at target in one step.
+def build(target: Path, *, portable: bool = False) -> dict[str, Any]:
+    """Compile the CPU library.
 
     Args:
-        target: the library's path, in a folder that exists.
-        compiler: the path of a C++ compiler.
+        target: the library's path, in an empty folder.
         portable: use no instructions beyond PORTABLE, instead of all this machine has.
 
+    Returns:
+        What its manifest says of it.
+
     Raises:
-        BuildError: with the compiler's last words.
+        BuildError: with the compiler's first error message.
     """
+    scratch = target.parent
+    compiler, version = working_compiler(scratch)
     torch_folder = Path(torch.__file__).parent
-    folder, flags = sources(), (*FLAGS, *target_flags(portable))
+    flags = (*FLAGS, *target_flags(portable))
     include = (*TORCH_FLAGS, "-isystem", str(torch_folder / "include"))
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
-        objects = [Path(scratch) / f"{name}.o" for name in CPU_SOURCES]
-        commands = [
-            [compiler, *flags, *include, "-c", str(folder / name), "-o", str(path)]
-            for name, path in zip(CPU_SOURCES, objects, strict=True)
-        ]
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(run, commands))
-        library = Path(scratch) / target.name
-        link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        run(
-            [
-                compiler, "-shared", "-o", str(library), *map(str, objects), *link,
-                f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
-            ]
-        )  # fmt: skip
-        os.replace(library, target)
-
-
-def run(command: list[str]) -> str:
-    """Run a compiler; what it printed, or a BuildError with its last words."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise BuildError(f"{command[0]} does not run: {error}") from error
-    if done.returncode:
-        words = (done.stderr or done.stdout).strip().splitlines()
-        told = [line for line in words if "error" in line.lower()] or words[-3:] or ["no message"]
-        raise BuildError(
-            f"{Path(command[0]).name} failed with exit code {done.returncode}: {told[0].strip()}"
-        )
-    return done.stdout
+    objects = [str(scratch / f"{name}.o") for name in CPU_SOURCES]
+    compile_all = [
+        [*compiler, *flags, *include, "-c", str(sources() / name), "-o", path]
+        for name, path in zip(CPU_SOURCES, objects, strict=True)
+    ]
+    run(compile_all, timeout=COMPILE_TIMEOUT, scratch=scratch)
+    link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    run(
+        [[*compiler, "-shared", "-o", str(target), *objects, *link, *libraries]],
+        timeout=LINK_TIMEOUT, scratch=scratch,
+    )  # fmt: skip
+    return {
+        "abi": ABI_TARGET,
+        "compiler": version,
+        "command": shlex.join(compiler),
+        "flags": list(flags),
+        "features": list(PORTABLE.get(platform.machine(), ()) if portable else cpu_features()),
+        "machine": platform.machine(),
+    }

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .compiler import ABI_TARGET, TORCH_FLAGS, BuildError, compiler_version, run, sources
+from .compiler import ABI_TARGET, TORCH_FLAGS, VERSION_TIMEOUT, digest, sources
+from .library import BuildError
+from .library.processes import run
 
 # A file is compiled once for every element type, as DFL_UNITS in csrc/kernels.cuh says.
 HALVES_AND_SINGLE = ("fp16", "bf16", "fp32")
@@ -32,6 +32,7 @@ UNITS = tuple(
 DEFAULT_ARCHS = (75, 80, 86, 89, 90, 100, 120)
 # -fmad=false: a multiply-add is fused where the source says so and nowhere else
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-prec-div=false")
+TIMEOUT = 3600.0  # seconds for a build, which takes minutes
 WAY_OUT = "install NVIDIA's CUDA toolkit, or name its nvcc in the environment variable NVCC"
 
 
@@ -49,7 +50,7 @@ def find_nvcc() -> str:
 
 @functools.cache
 def _known_archs(nvcc: str) -> frozenset[int]:
-    listed = run([nvcc, "--list-gpu-arch"])
+    (listed,) = run([[nvcc, "--list-gpu-arch"]], timeout=VERSION_TIMEOUT)
     return frozenset(int(number) for number in re.findall(r"compute_(\d+)\b", listed))
 
 
@@ -73,49 +74,49 @@ def choose_archs(asked: Sequence[int] | None, nvcc: str) -> tuple[int, ...]:
 
 def key() -> str:
     """What a built library depends on, as a name; using one needs no nvcc, so nvcc is no part."""
-    digest = _sources_digest()
-    digest.update(repr((ABI_TARGET, FLAGS, platform.system(), platform.machine())).encode())
-    return f"cuda-{digest.hexdigest()[:32]}"
+    files = ["dfl_cuda.cu", *sorted({f"{file}.cu" for file, _ in UNITS})]
+    return f"cuda-{digest(files, ABI_TARGET, FLAGS, platform.system(), platform.machine())}"
 
 
-def unit_key(nvcc: str) -> str:
+def unit_key(file: str, nvcc: str) -> str:
     """What the PTX and machine code of one file depend on, as a name."""
-    digest = _sources_digest()
-    digest.update(repr((nvcc, compiler_version(nvcc), FLAGS)).encode())
-    return f"ptx-{digest.hexdigest()[:32]}"
+    return f"ptx-{digest([f'{file}.cu'], nvcc, nvcc_version(nvcc), FLAGS)}"
 
 
-def _sources_digest() -> hashlib._Hash:
-    digest = hashlib.sha256()
-    for path in sorted(sources().iterdir()):
-        if path.suffix in (".cu", ".cuh") or path.name in ("dfl_math.h", "iou.h"):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest
+@functools.cache
+def nvcc_version(nvcc: str) -> str:
+    """The last line of what nvcc says of itself."""
+    return run([[nvcc, "--version"]], timeout=VERSION_TIMEOUT)[0].strip().rpartition("\n")[2]
 
 
-def compile_unit(file: str, element: str, arch: int, folder: Path, nvcc: str) -> None:
-    """Put <file>_<element>_sm<arch>.ptx and .cubin into folder, each in one step."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-        stem = Path(scratch) / f"{file}_{element}_sm{arch}"
-        ptx, cubin = stem.with_suffix(".ptx"), stem.with_suffix(".cubin")
-        source = str(sources() / f"{file}.cu")
-        target = [f"-arch=sm_{arch}", f"-DDFL_ELEMENT={element}"]
-        run([nvcc, *FLAGS, *target, "-ptx", "-o", str(ptx), source])
-        run([nvcc, f"-arch=sm_{arch}", "-cubin", "-o", str(cubin), str(ptx)])
-        for path in (cubin, ptx):
-            os.replace(path, folder / path.name)
+def compile_ptx(target: Path, file: str, element: str, arch: int, nvcc: str) -> dict[str, Any]:
+    """Compile one file for one element type and GPU to PTX; what its manifest says."""
+    command = [nvcc, *FLAGS, f"-arch=sm_{arch}", f"-DDFL_ELEMENT={element}", "-ptx"]
+    source = str(sources() / f"{file}.cu")
+    run([[*command, "-o", str(target), source]], timeout=TIMEOUT, scratch=target.parent)
+    return {"compiler": nvcc_version(nvcc), "flags": list(FLAGS)}
 
 
-def build(target: Path, archs: Sequence[int], nvcc: str) -> None:
-    """Compile the CUDA library and put it at target in one step.
+def assemble(target: Path, ptx: Path, arch: int, nvcc: str) -> dict[str, Any]:
+    """Compile PTX to machine code for one GPU; what its manifest says."""
+    command = [nvcc, f"-arch=sm_{arch}", "-cubin", "-o", str(target), str(ptx)]
+    run([command], timeout=TIMEOUT, scratch=target.parent)
+    return {"compiler": nvcc_version(nvcc)}
+
+
+def build(target: Path, archs: Sequence[int], nvcc: str) -> dict[str, Any]:
+    """Compile the CUDA library.
 
     Args:
-        target: the library's path, in a folder that exists.
+        target: the library's path, in an empty folder.
         archs: ascending; PTX for later GPUs is made for the last.
         nvcc: its path.
 
+    Returns:
+        What its manifest says of it.
+
     Raises:
-        BuildError: with the compiler's last words.
+        BuildError: with nvcc's first error message.
     """
     torch_folder = Path(torch.__file__).parent
     if not (torch_folder / "lib" / "libtorch_cuda.so").exists():
@@ -127,24 +128,24 @@ def build(target: Path, archs: Sequence[int], nvcc: str) -> None:
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     compile_ = [nvcc, *FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden"]
     include = (*TORCH_FLAGS, "-DUSE_CUDA", "-isystem", str(torch_folder / "include"))
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
-        host = str(Path(scratch) / "dfl_cuda.o")
-        commands = [[*compile_, *include, "-c", str(sources() / "dfl_cuda.cu"), "-o", host]]
-        objects = [host]
-        for file, element in UNITS:
-            objects.append(str(Path(scratch) / f"{file}_{element}.o"))
-            source = str(sources() / f"{file}.cu")
-            commands.append(
-                [*compile_, *code, f"-DDFL_ELEMENT={element}", "-c", source, "-o", objects[-1]]
-            )
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(run, commands))
-        library = Path(scratch) / target.name
-        # The runtime linked in: no version of it has to be on the machine, with a GPU or without.
-        run(
-            [
-                nvcc, "-shared", "-cudart=static", "-o", str(library), *objects,
-                f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch_cuda",
-            ]
-        )  # fmt: skip
-        os.replace(library, target)
+    scratch = target.parent
+    objects = [str(scratch / "dfl_cuda.o")]
+    commands = [[*compile_, *include, "-c", str(sources() / "dfl_cuda.cu"), "-o", objects[0]]]
+    for file, element in UNITS:
+        objects.append(str(scratch / f"{file}_{element}.o"))
+        source = str(sources() / f"{file}.cu")
+        commands.append(
+            [*compile_, *code, f"-DDFL_ELEMENT={element}", "-c", source, "-o", objects[-1]]
+        )
+    run(commands, timeout=TIMEOUT, scratch=scratch)
+    # The runtime linked in: no version of it has to be on the machine, with a GPU or without.
+    link = [nvcc, "-shared", "-cudart=static", "-o", str(target), *objects]
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
+    run([[*link, *libraries]], timeout=TIMEOUT, scratch=scratch)
+    return {
+        "abi": ABI_TARGET,
+        "archs": list(archs),
+        "compiler": nvcc_version(nvcc),
+        "flags": list(FLAGS),
+        "machine": platform.machine(),
+    }

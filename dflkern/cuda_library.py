@@ -1,73 +1,76 @@
 """The CUDA library: found prebuilt or in the user's cache, and never built on first use.
 
-`python -m dflkern build --cuda` builds it. Beside the library lies a manifest of what it runs on.
+`python -m dflkern build --cuda` builds it. Its manifest says which GPUs it runs on.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import threading
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
-from . import cache, compiler, cuda_compiler
-from .compiler import BuildError
-from .native import PREBUILT
+from . import cuda_compiler
+from .library import Loader, Recipe, store
+from .native import PREBUILT, load_once
 
-LIBRARY, MANIFEST = "dflkern_cuda.so", "dflkern_cuda.json"
+LIBRARY = "dflkern_cuda.so"
 NOT_BUILT = "its library is not built; `python -m dflkern build --cuda` builds it with nvcc"
 
 
-class _State:
-    """What this process knows: nothing yet, a loaded library, or why it cannot be loaded."""
+def _fits(facts: dict[str, Any]) -> bool:
+    return bool(facts["machine"] == platform.machine() and facts["archs"])
 
-    lock = threading.Lock()
-    path: Path | None = None
-    reason: str | None = None
+
+def _build(path: Path) -> dict[str, Any]:
+    nvcc = cuda_compiler.find_nvcc()
+    return cuda_compiler.build(path, cuda_compiler.choose_archs(None, nvcc), nvcc)
+
+
+RECIPE = Recipe(
+    file=LIBRARY,
+    purpose="CUDA kernels",
+    duration="some minutes",
+    key=cuda_compiler.key,
+    build=_build,
+    compiler=cuda_compiler.find_nvcc,
+    prebuilt=PREBUILT,
+    fits=_fits,
+    timeout=2 * cuda_compiler.TIMEOUT,
+)
+LOADER = Loader(
+    RECIPE,
+    load_once,
+    otherwise="Calls on GPUs run on Triton's kernels; `python -m dflkern build --cuda` builds it "
+    "anew.",
+    absent=NOT_BUILT,
+)
 
 
 def load() -> bool:
-    """Load the CUDA library if it is built; whether it is there."""
-    with _State.lock:
-        if _State.path is None and _State.reason is None:
-            try:
-                path = _find()
-                if path is None:
-                    return False
-                torch.ops.load_library(path)
-                _State.path = path
-            except (BuildError, OSError) as error:
-                _State.reason = str(error)
-        return _State.path is not None
+    """Whether the CUDA library is there; the first call finds and loads it, or says why not."""
+    return torch.version.hip is None and LOADER.load()
 
 
 def refusals() -> list[str]:
     """Why there are no CUDA kernels on this machine."""
     if torch.version.hip:
         return ["this PyTorch is for AMD GPUs, and its kernels are for NVIDIA's"]
-    if _State.reason is not None:
-        return [_State.reason]
-    try:
-        return [] if _State.path or _find() else [NOT_BUILT]
-    except BuildError as error:
-        return [str(error)]
+    reason = LOADER.refusal()
+    return [] if reason is None else [reason]
 
 
 def why_not(device: torch.device) -> list[str]:
     """Why the library that is there cannot serve a device."""
     if device.type != "cuda":
         return [f"the logits are on {device}"]
-    path = _State.path or _find()
-    if path is None:
+    found = LOADER.find()
+    if found is None:
         return [NOT_BUILT]
     major, minor = torch.cuda.get_device_capability(device)
-    archs = _manifest(path)["archs"]
+    archs = found.facts["archs"]
     if runs_on(archs, 10 * major + minor):
         return []
     built = ", ".join(f"sm_{arch}" for arch in archs)
@@ -87,10 +90,8 @@ def runs_on(archs: Sequence[int], capability: int) -> bool:
 
 def describe() -> str:
     """One line on the library's state, without loading anything."""
-    if _State.path is not None:
-        return f"loaded from {_State.path}"
     reasons = refusals()
-    return reasons[0] if reasons else f"built, at {_find()}"
+    return reasons[0] if reasons else LOADER.describe()
 
 
 def build(archs: Sequence[int] | None = None, out: Path | None = None) -> Path:
@@ -104,46 +105,16 @@ def build(archs: Sequence[int] | None = None, out: Path | None = None) -> Path:
         The library's path.
 
     Raises:
-        BuildError: with the way out, or nvcc's last words.
+        BuildError: with the way out, or nvcc's first error message.
+        OSError: if out cannot be written to.
     """
     nvcc = cuda_compiler.find_nvcc()
-    archs = cuda_compiler.choose_archs(archs, nvcc)
-    folder = cache.folder(cuda_compiler.key()) if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = {
-        "abi": compiler.ABI_TARGET,
-        "archs": list(archs),
-        "compiler": compiler.compiler_version(nvcc).strip().splitlines()[-1],
-        "flags": list(cuda_compiler.FLAGS),
-        "machine": os.uname().machine,
-    }
-    with FileLock(folder / "lock"):
-        cuda_compiler.build(folder / LIBRARY, archs, nvcc)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    return folder / LIBRARY
+    chosen = cuda_compiler.choose_archs(archs, nvcc)
 
+    def make(path: Path) -> dict[str, Any]:
+        return cuda_compiler.build(path, chosen, nvcc)
 
-def _find() -> Path | None:
-    """The library inside the package, if it was built for such a machine, else the cached one."""
-    prebuilt = PREBUILT / LIBRARY
-    if prebuilt.exists() and _manifest(prebuilt)["machine"] == os.uname().machine:
-        return prebuilt
-    cached = _folder() / LIBRARY
-    if not (cached.exists() and cached.with_name(MANIFEST).exists()):
-        return None
-    cache.check_owner(cached)
-    return cached
-
-
-@functools.cache
-def _key() -> str:
-    return cuda_compiler.key()
-
-
-def _folder() -> Path:
-    return cache.folder(_key())
-
-
-def _manifest(library: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(library.with_name(MANIFEST).read_text())
-    return found
+    if out is None:
+        return LOADER.build(make)
+    out.mkdir(parents=True, exist_ok=True)
+    return store.build_in(out, LIBRARY, make).path

@@ -68,8 +68,8 @@ def test_everything_public_is_typed_and_documented():
 def test_imports_point_one_way():
     """reference, geometry, problem ← kernels ← backends ← ops ← api ← modules ← demo ← __main__."""
     order = (
-        ("checks", "problem"), ("box_problem", "geometry", "iou", "reductions"), ("reference",),
-        ("compiler",), ("cache", "cuda_compiler"), ("native",), ("cuda_library",),
+        ("checks", "problem", "library"), ("box_problem", "geometry", "iou", "reductions"),
+        ("reference",), ("compiler",), ("cuda_compiler",), ("native",), ("cuda_library",),
         ("kernels",), ("backends",),
         ("implementations",), ("ops",), ("eager",), ("eager_boxes",), ("arguments",),
         ("api",),

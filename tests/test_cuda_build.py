@@ -1,8 +1,9 @@
 """The CUDA library without a GPU: its launch plans, its names, its build, how it is found."""
 
+import dataclasses
 import itertools
-import json
 import os
+import platform
 import re
 import shutil
 import stat
@@ -18,6 +19,7 @@ from dflkern.box_problem import describe_boxes
 from dflkern.kernels import launch, plan, prefers_triton
 from dflkern.kernels.cuda_plans import SHARED_LIMIT
 from dflkern.kernels.nvcc import compile_plan, unit_of
+from dflkern.library import BuildError, Loader
 from dflkern.problem import describe
 
 CUDA = torch.device("cuda")
@@ -82,7 +84,7 @@ def test_plans_name_kernels_of_the_sources():
     for element in ("fp16", "bf16", "fp32", "fp64"):
         expanded = subprocess.run(
             [
-                compiler.find_compiler(), "-E", "-P", "-x", "c++", f"-DDFL_ELEMENT={element}",
+                *compiler.compilers()[0], "-E", "-P", "-x", "c++", f"-DDFL_ELEMENT={element}",
                 f"-I{compiler.sources()}", "-",
             ],
             input="\n".join(ask), capture_output=True, text=True, check=True,
@@ -174,9 +176,14 @@ def test_auto_takes_triton_where_that_is_the_better_one():
 def alone(tmp_path, monkeypatch):
     """A cache of its own, and a process that has looked for no library yet."""
     monkeypatch.setenv("DFLKERN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cuda_library._State, "path", None)
-    monkeypatch.setattr(cuda_library._State, "reason", None)
+    monkeypatch.setattr(cuda_library, "LOADER", fresh_loader())
     return tmp_path
+
+
+def fresh_loader(**changes):
+    recipe = dataclasses.replace(cuda_library.RECIPE, **changes)
+    absent = cuda_library.NOT_BUILT
+    return Loader(recipe, cuda_library.load_once, otherwise="", absent=absent)
 
 
 def test_not_built(alone):
@@ -191,9 +198,13 @@ def test_amd(alone, monkeypatch):
 
 
 def test_a_broken_library_is_a_reason(alone, monkeypatch):
-    broken = alone / cuda_library.LIBRARY
-    broken.write_bytes(b"not a library")
-    monkeypatch.setattr(cuda_library, "_find", lambda: broken)
+    def write(path):
+        path.write_bytes(b"not a library")
+        return {"machine": platform.machine(), "archs": [80]}
+
+    broken = cuda_library.LOADER.build(write)
+    with pytest.warns(RuntimeWarning, match=f"{broken} does not load"):
+        assert not cuda_library.load()
     assert not cuda_library.load()
     assert str(broken) in cuda_library.refusals()[0]
 
@@ -237,17 +248,16 @@ def fake_nvcc(alone, monkeypatch):
     )
     path.chmod(0o700)
     monkeypatch.setenv("NVCC", str(path))
-    monkeypatch.setattr(compiler, "compiler_version", lambda path: "fake")
     return alone
 
 
 def test_a_build_is_found_afterwards(fake_nvcc, capsys):
     assert main(["build", "--cuda", "--arch", "9.0,sm_80,80"]) == 0
-    path = cuda_library._find()
+    path, facts = cuda_library.LOADER.find()
     assert str(path) in capsys.readouterr().out
     assert cuda_library.refusals() == []
     assert cuda_library.describe() == f"built, at {path}"
-    assert json.loads(path.with_name(cuda_library.MANIFEST).read_text())["archs"] == [80, 90]
+    assert facts["archs"] == [80, 90]
     calls = (fake_nvcc / "calls").read_text().splitlines()
     compilations = [line for line in calls if "-DDFL_ELEMENT=" in line]
     assert len(compilations) == len(cuda_compiler.UNITS)
@@ -258,6 +268,8 @@ def test_a_build_is_found_afterwards(fake_nvcc, capsys):
         ]  # fmt: skip
     assert sum("-cudart=static" in line for line in calls) == 1
     path.chmod(0o666)
+    with pytest.warns(RuntimeWarning, match="others can write to"):
+        assert not cuda_library.load()
     assert "others can write to" in cuda_library.refusals()[0]
 
 
@@ -269,16 +281,16 @@ def test_archs(fake_nvcc, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert cuda_compiler.choose_archs(None, nvcc) == (90,)
-    with pytest.raises(compiler.BuildError, match="cannot build for sm_75; it knows 80, 90, 100"):
+    with pytest.raises(BuildError, match="cannot build for sm_75; it knows 80, 90, 100"):
         cuda_compiler.choose_archs([75], nvcc)
 
 
 def test_prebuilt(fake_nvcc, monkeypatch):
     out = fake_nvcc / "lib"
     assert main(["build", "--cuda", "--arch", "80", "--out", str(out)]) == 0
-    assert cuda_library._find() is None
-    monkeypatch.setattr(cuda_library, "PREBUILT", out)
-    assert cuda_library._find() == out / cuda_library.LIBRARY
+    assert cuda_library.LOADER.find() is None
+    monkeypatch.setattr(cuda_library, "LOADER", fresh_loader(prebuilt=out))
+    assert cuda_library.LOADER.find().path == out / cuda_library.LIBRARY
 
 
 def test_one_file_compiles(alone):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from filelock import FileLock
-
-from .. import cache, cuda_compiler
+from .. import cuda_compiler
+from ..library import Recipe, store
 from .offline import Compiled
 from .plans import LaunchPlan
 
@@ -24,15 +26,29 @@ def compile_plan(plan: LaunchPlan, arch: int | str) -> Compiled:
     nvcc = cuda_compiler.find_nvcc()
     (arch,) = cuda_compiler.choose_archs([int(arch)], nvcc)
     file, element = unit_of(plan.kernel)
-    folder = cache.folder(cuda_compiler.unit_key(nvcc))
-    stem = folder / f"{file}_{element}_sm{arch}"
-    with FileLock(f"{stem}.lock"):
-        if not stem.with_suffix(".ptx").exists():
-            cuda_compiler.compile_unit(file, element, arch, folder, nvcc)
+    key = cuda_compiler.unit_key(file, nvcc)
+    name = f"{file}_{element}_sm{arch}"
+
+    def compiled(suffix: str, build: Callable[[Path], dict[str, Any]]) -> Path:
+        return store.obtain(
+            Recipe(
+                file=name + suffix,
+                purpose=f"CUDA kernels {name}{suffix}",
+                duration="a few seconds",
+                key=lambda: key,
+                build=build,
+                compiler=lambda: nvcc,
+                executable=False,
+                timeout=cuda_compiler.TIMEOUT,
+            )
+        ).path
+
+    ptx = compiled(".ptx", lambda path: cuda_compiler.compile_ptx(path, file, element, arch, nvcc))
+    cubin = compiled(".cubin", lambda path: cuda_compiler.assemble(path, ptx, arch, nvcc))
     return Compiled(
         entry=plan.kernel,
-        ptx=_only(stem.with_suffix(".ptx").read_text(), plan.kernel),
-        cubin=stem.with_suffix(".cubin").read_bytes(),
+        ptx=_only(ptx.read_text(), plan.kernel),
+        cubin=cubin.read_bytes(),
         shared=plan.shared or 0,
     )
 
