@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -183,8 +184,9 @@ def _sweep(root: Path, folder: Path, recipe: Recipe, held: bool) -> None:
         own = held and scratch.parent == folder
         own = own and scratch.name.startswith(f"build-{recipe.file}-")
         with contextlib.suppress(OSError):  # another process removed it
-            age = time.time() - scratch.lstat().st_mtime
-            if own or age > ABANDONED:
+            found = scratch.lstat()
+            abandoned = own or time.time() - found.st_mtime > ABANDONED
+            if abandoned and stat.S_ISDIR(found.st_mode):
                 shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -3,14 +3,14 @@
 import tempfile
 
 import pytest
-
 import sample
+import users
 
 
 @pytest.fixture
 def user(tmp_path):
     """An ordinary user with a home, who can reach this folder."""
-    return sample.User(tmp_path)
+    return users.User(tmp_path)
 
 
 @pytest.fixture
