@@ -98,8 +98,8 @@ def _named() -> tuple[str, ...]:
         return ()
 
 
-def compiler_identity() -> str:
-    """Which compilers a build would try; installing, removing or naming another one changes it."""
+def toolchain() -> str:
+    """Which compilers and torch a build would take, as a text; another installation changes it."""
     parts = [str(torch.__version__)]
     for command in compilers():
         for word in command:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def _fits(facts: dict[str, Any]) -> bool:
     return facts["machine"] == platform.machine() and set(facts["features"]) <= known
 
 
-def _identity() -> str:
+def _compiler() -> str:
     if os.name != "posix":
         raise BuildError("its C++ library is built on Linux and macOS only")
-    return compiler.compiler_identity()
+    return shlex.join(compiler.compilers()[0])
 
 
 RECIPE = Recipe(
@@ -46,7 +47,8 @@ RECIPE = Recipe(
     duration="about 20 s",
     key=compiler.key,
     build=compiler.build,
-    compiler=_identity,
+    compiler=_compiler,
+    toolchain=compiler.toolchain,
     prebuilt=PREBUILT,
     fits=_fits,
     timeout=compiler.COMPILE_TIMEOUT + compiler.LINK_TIMEOUT + 4 * compiler.VERSION_TIMEOUT,

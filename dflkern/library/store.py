@@ -34,8 +34,10 @@ class Recipe:
         key: the name of its folder in the cache, which says all that its use depends on. It must
             not need a compiler.
         build: compiles it to a path in an empty folder and returns facts for its manifest.
-        compiler: says which compiler `build` would take, without running it, or raises a
+        compiler: names the compiler that `build` would take, without running it, or raises a
             BuildError that says why there is none.
+        toolchain: what a failed build is remembered for, a text that changes with the compilers
+            that are installed; None means the compiler's name.
         prebuilt: the folder of a file that came with the package, or None.
         fits: whether a file with these facts runs on this machine.
         executable: whether it is loaded as code, which a file system mounted noexec prevents.
@@ -48,6 +50,7 @@ class Recipe:
     key: Callable[[], str]
     build: Callable[[Path], Facts]
     compiler: Callable[[], str]
+    toolchain: Callable[[], str] | None = None
     prebuilt: Path | None = None
     fits: Callable[[Facts], bool] = lambda facts: True
     executable: bool = True
@@ -92,10 +95,10 @@ def obtain(recipe: Recipe) -> Found:
 
 def remembered(recipe: Recipe) -> str | None:
     """Why an earlier build failed, if that is known and another attempt would do the same."""
-    key, compiler = recipe.key(), recipe.compiler()
+    key, toolchain = recipe.key(), (recipe.toolchain or recipe.compiler)()
     for root in folders.roots():
         folder = _existing(root, recipe, key, [])
-        reason = folder and failures.recall(_failure(folder, recipe), compiler)
+        reason = folder and failures.recall(_failure(folder, recipe), toolchain)
         if reason:
             return f"{reason} (remembered from an earlier attempt)"
     return None
@@ -106,11 +109,11 @@ def remember(recipe: Recipe, error: BuildError) -> None:
     if isinstance(error, TransientError):
         return
     with contextlib.suppress(BuildError):
-        compiler = recipe.compiler()
+        toolchain = (recipe.toolchain or recipe.compiler)()
         for root in folders.roots():
             with contextlib.suppress(FolderError):
                 folder = folders.prepare(root, recipe.key(), executable=recipe.executable)
-                failures.remember(_failure(folder, recipe), str(error), compiler)
+                failures.remember(_failure(folder, recipe), str(error), toolchain)
                 return
 
 
@@ -138,9 +141,9 @@ def build(
                 found = _verified(recipe, folder, problems)
                 if found is None or not wanted(found):
                     where = f" in {folder}" if refusals else ""
-                    because = f" ({'; '.join(problems)})" if problems else ""
+                    because = f": {'; '.join(problems)}" if problems else ""
                     announce(
-                        f"building its {recipe.purpose}, once, in {recipe.duration}{where}{because}"
+                        f"building its {recipe.purpose} (once, {recipe.duration}){where}{because}"
                     )
                     _sweep(root, folder, recipe, held)
                     found = build_in(folder, recipe.file, recipe.build)

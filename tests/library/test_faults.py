@@ -15,7 +15,7 @@ AS_ROOT = pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="nee
 def test_built_once_then_found(user):
     first, second = user.load(), user.load(PATH="/nonexistent")
     assert (first.loaded, first.builds, first.warnings) == (True, 1, [])
-    assert "building its sample, once, in no time" in first.messages
+    assert "building its sample (once, no time)" in first.messages
     assert first.state == f"loaded from {user.cache}/key/{FILE}"
     assert (second.loaded, second.builds, second.messages) == (True, 0, "")
 

@@ -101,7 +101,8 @@ def test_whatever_a_cache_holds_nothing_raises_or_hangs(cache, kind, name, works
         found = load(one)
         assert found.loaded is works
         assert len(found.warnings) == (not works)
-        assert found.state
+        if works and name.startswith("cache/key/"):
+            assert found.state == f"loaded from {file}"  # what was in the way is gone
 
 
 def fail(reason, kind=BuildError):
@@ -143,9 +144,7 @@ def test_a_failure_is_forgotten_after_a_day(cache, monkeypatch):
         path.write_text(json.dumps({**json.loads(path.read_text()), "time": now}))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"reason": 3}', '{"time": null, "reason": "x", "compiler": 1}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"reason": 3}', '{"time": NaN}'])
 def test_a_broken_record_of_a_failure_is_ignored(cache, text):
     load(loader(build=fail("it is broken")))
     (cache / "key" / f"{FILE}.failure").write_text(text)
@@ -238,7 +237,7 @@ def test_a_lock_that_is_never_released(cache, monkeypatch, capsys):
     assert "going on without it" in words
 
 
-def test_what_others_build_meanwhile_is_not_swept_away(cache):
+def test_what_others_build_meanwhile_is_not_swept_away(cache, monkeypatch):
     """Only the holder of the lock knows that a temporary folder of the file is abandoned."""
     left = cache / "key" / f"build-{FILE}-left"
     other = cache / "key" / "build-other.so-left"
@@ -248,7 +247,11 @@ def test_what_others_build_meanwhile_is_not_swept_away(cache):
     for path in (cache, cache / "key"):
         path.chmod(0o700)
     os.utime(old, (0, 0))
-    assert load(loader()).loaded
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "_acquire", lambda *_: False)
+        loader().build()
+    assert [path.exists() for path in (left, other, old)] == [True, True, False]
+    loader().build()
     assert [path.exists() for path in (left, other, old)] == [False, True, False]
 
 
@@ -368,12 +371,13 @@ def test_describe_builds_nothing(cache):
 
 
 @pytest.mark.parametrize("stderr", [None, "closed"])
-def test_no_stderr(cache, monkeypatch, stderr):
+def test_no_stderr(cache, monkeypatch, capsys, stderr):
     if stderr:
         stderr = io.StringIO()
         stderr.close()
     monkeypatch.setattr(sys, "stderr", stderr)
     assert loader().load()
+    assert capsys.readouterr().out == ""
 
 
 def test_a_full_disk_leaves_the_old_file(folder, monkeypatch):

@@ -55,6 +55,15 @@ def test_messages_are_those_of_the_c_locale(tmp_path, monkeypatch):
     assert run([shell("echo $LC_ALL $TMPDIR")], timeout=20, scratch=tmp_path) == [f"C {tmp_path}\n"]
 
 
+def test_what_compilers_write_is_readable_whatever_the_umask(tmp_path):
+    previous = os.umask(0o777)
+    try:
+        run([shell(f"echo object > {tmp_path}/made.o")], timeout=20)
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "made.o").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_program_that_does_not_run(tmp_path):
     text = tmp_path / "text"
     text.write_text("no program")
