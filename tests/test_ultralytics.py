@@ -2,11 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,27 +17,23 @@ import ultralytics
 from ultralytics.nn.modules import block
 from ultralytics.utils import loss
 
+from criteria import (
+    ANCHORS,
+    BINS,
+    ORIGINAL,
+    box_losses,
+    criterion,
+    double,
+    inputs,
+    installed,
+    rotate_at_inference,
+    with_gradient,
+)  # fmt: skip
 from dflkern.adapters import _patch
 from dflkern.adapters.ultralytics import patch
 from support import assert_within_budget
 
-OLD = ultralytics.__version__.startswith("8.3")
-FUNCTIONS = [
-    (loss.DFLoss, "__call__"),
-    (loss.BboxLoss, "forward"),
-    (loss.v8DetectionLoss, "bbox_decode"),
-    (loss.v8OBBLoss, "bbox_decode"),
-    (block.DFL, "forward"),
-]
-BINS, ANCHORS = 16, 80
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # the halves under autocast
-
-
-def installed():
-    return [vars(owner)[name] for owner, name in FUNCTIONS]
-
-
-ORIGINAL = installed()
 
 
 @pytest.fixture(autouse=True)
@@ -47,47 +43,8 @@ def undone():
     assert installed() == ORIGINAL
 
 
-def with_gradient(leaf, *results):
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.rand(r.shape, generator=generator).to(r.dtype) for r in results]
-    return [r.detach() for r in results], torch.autograd.grad(results, leaf, upstream)[0]
-
-
-def inputs(dtype, foreground=0.3):
-    """What a criterion passes on: rounded to dtype where autocast would round it."""
-    width = 10
-    index = torch.arange(ANCHORS)
-    points = torch.stack((index % width, index // width), -1) + 0.5
-    corners = torch.rand(2, ANCHORS, 4) * 17  # some sides beyond the last bin
-    boxes = torch.cat((points - corners[..., :2], points + corners[..., 2:]), -1)
-    scores = torch.rand(2, ANCHORS, 3)
-    return SimpleNamespace(
-        logits=(torch.randn(2, ANCHORS, 4 * BINS) * 3).to(dtype),
-        points=points.to(dtype),
-        angle=torch.rand(2, ANCHORS, 1).to(dtype),
-        boxes=boxes,
-        scores=scores,
-        total=scores.sum(),
-        foreground=torch.rand(2, ANCHORS) < foreground,
-    )
-
-
-def double(given):
-    return SimpleNamespace(
-        **{k: v.double() if v.is_floating_point() else v for k, v in vars(given).items()}
-    )
-
-
-def criterion():
-    return SimpleNamespace(use_dfl=True, proj=torch.arange(BINS, dtype=torch.float))
-
-
 def bbox_loss(logits, decoded, given):
-    image = [] if OLD else [torch.ones(2), torch.ones(ANCHORS, 1)]
-    return loss.BboxLoss(BINS)(
-        logits, decoded, given.points, given.boxes, given.scores, given.total, given.foreground,
-        *image,
-    )  # fmt: skip
+    return box_losses(loss.BboxLoss(BINS), logits, decoded, given)
 
 
 def run_box_loss(given):
@@ -160,20 +117,6 @@ def test_the_box_path_waits_for_nothing():
     assert not names & {"aten::nonzero", "aten::item", "aten::_local_scalar_dense"}
 
 
-def test_boxes_of_another_origin_count_as_they_are():
-    given = inputs(torch.float32)
-
-    def run():
-        leaf = given.logits.clone().requires_grad_()
-        decoded = loss.v8DetectionLoss.bbox_decode(criterion(), given.points, leaf)
-        return with_gradient(leaf, *bbox_loss(leaf, decoded * 1.1, given))
-
-    expected = run()
-    with patch():
-        actual = run()
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-
-
 def test_no_argument_is_written_to():
     given = inputs(torch.float32)
     before = copy.deepcopy(given)
@@ -181,18 +124,6 @@ def test_no_argument_is_written_to():
         loss.DFLoss(BINS)(given.logits.view(-1, BINS), given.boxes.view(-1, 4))
         run_box_loss(given)
     assert all(torch.equal(value, vars(before)[name]) for name, value in vars(given).items())
-
-
-def test_trained_bin_positions_keep_their_gradient():
-    module, x = block.DFL(BINS).requires_grad_(), torch.randn(1, 4 * BINS, 5)
-    with torch.no_grad():
-        module.conv.weight += 0.25
-    with patch():
-        with torch.no_grad():
-            moved = module(x)
-        trained = module(x)
-    assert trained.requires_grad
-    torch.testing.assert_close(moved, trained.detach())
 
 
 def test_compiled():
@@ -207,30 +138,21 @@ def test_compiled():
         torch.testing.assert_close(compiled(given), run_box_loss(given))
 
 
-def test_the_handle():
-    handle = patch()
-    try:
-        assert handle.replaced == tuple(f"{owner.__name__}.{name}" for owner, name in FUNCTIONS)
-        assert not set(installed()) & set(ORIGINAL)
-        assert patch() is handle
-        assert "replaced: DFLoss.__call__" in repr(handle)
-    finally:
-        handle.undo()
-    assert all(a is b for a, b in zip(installed(), ORIGINAL, strict=True))
-    handle.undo()
-    assert "undone" in repr(handle)
-    with patch() as other:
-        assert other is not handle
-
-
-def test_undo_leaves_what_others_replaced_since():
-    handle = patch()
-    block.DFL.forward = theirs = lambda self, x: x
-    with pytest.warns(RuntimeWarning, match=r"DFL\.forward of Ultralytics .* was replaced once"):
-        handle.undo()
-    left = installed()
-    block.DFL.forward = ORIGINAL[-1]
-    assert left == [*ORIGINAL[:-1], theirs]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotated_boxes_are_exact_for_the_angle_that_is_given(dtype):
+    """In training and at inference, to fp32's rounding of boxes of 34 cells."""
+    given = inputs(dtype)
+    exact = double(given)
+    expected, _ = run_rotated_boxes(exact)
+    sides = torch.rand(2, 4, ANCHORS) * 15
+    rotated = rotate_at_inference(sides.double(), exact.points.mT, exact.angle.mT)
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with patch(), autocast:
+        (boxes,), _ = run_rotated_boxes(given)
+        at_inference = rotate_at_inference(sides, given.points.mT, given.angle.mT)
+    assert boxes.dtype == at_inference.dtype == torch.float32
+    torch.testing.assert_close(boxes.double(), expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(at_inference.double(), rotated, rtol=0, atol=1e-5)
 
 
 def test_the_callers_modes_and_random_numbers_are_left_alone():
@@ -249,6 +171,11 @@ def other_iou(*boxes, iou=loss.bbox_iou, **_):
     return iou(*boxes, xywh=False, GIoU=True)
 
 
+@functools.wraps(loss.BboxLoss.forward)
+def logged(*args, call=loss.BboxLoss.forward):
+    return call(*args)
+
+
 REFUSALS = {
     "version": (ultralytics, "__version__", "8.5.0", "knows Ultralytics 8.3 and 8.4, and found"),
     "signature": (
@@ -258,6 +185,7 @@ REFUSALS = {
     "no function": (loss.DFLoss, "__call__", None, r"DFLoss.__call__ .* found no such function"),
     "clamp": (loss.DFLoss, "__call__", looser_clamp, r"DFL differs .* by [0-9.e-]+ on random"),
     "IoU": (loss, "bbox_iou", other_iou, r"box loss differs .* by [0-9.e-]+ on random rows"),
+    "wrapper": (loss.BboxLoss, "forward", logged, r"forward from .* in the place of BboxLoss.fo"),
 }  # fmt: skip
 
 
@@ -274,7 +202,7 @@ def test_refusals(case, monkeypatch):
 
 def test_nothing_to_replace():
     with pytest.raises(RuntimeError, match="found nothing to replace in Other 1"):
-        _patch.Patch("Other 1", [])
+        _patch.Replacements("Other 1", [])
 
 
 def test_without_ultralytics(monkeypatch):
@@ -284,7 +212,7 @@ def test_without_ultralytics(monkeypatch):
 
 
 def test_against_ultralytics_8_3(tmp_path):
-    """Both files about Ultralytics, with another version ahead on the path."""
+    """All files about Ultralytics, with another version ahead on the path."""
     folder = os.environ.get("DFLKERN_ULTRALYTICS_8_3")
     if not folder:
         pytest.skip("DFLKERN_ULTRALYTICS_8_3 names no folder with Ultralytics 8.3; .ci/run does")
@@ -292,7 +220,7 @@ def test_against_ultralytics_8_3(tmp_path):
     del environment["DFLKERN_ULTRALYTICS_8_3"]
     environment["YOLO_CONFIG_DIR"] = str(tmp_path)  # the two versions' settings differ
     here = Path(__file__)
-    files = [str(here), str(here.with_name("test_ultralytics_models.py"))]
+    files = [str(path) for path in sorted(here.parent.glob("test_ultralytics*.py"))]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files],
         cwd=here.parents[1], env=environment, capture_output=True, text=True, check=False,

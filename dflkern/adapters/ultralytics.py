@@ -11,9 +11,10 @@ Replaced, on the classes:
 | --- | --- |
 | `v8DetectionLoss.bbox_decode` | `dflkern.decode_boxes` |
 | `BboxLoss.forward` (detect, segment, pose) | `dflkern.box_loss`, from the logits alone |
-| `v8OBBLoss.bbox_decode` | `dflkern.dfl_decode`, then Ultralytics' rotation |
+| `v8OBBLoss.bbox_decode` | `dflkern.dfl_decode`, then Ultralytics' rotation in fp32 |
 | `DFLoss.__call__` (OBB, whose targets and ProbIoU stay Ultralytics') | `dflkern.dfl_loss` |
 | `DFL.forward`, the decode at inference | `dflkern.dfl_decode` |
+| `OBB.decode_bboxes`, the rotation at inference | Ultralytics' own, with the angle in fp32 |
 
 What is different afterwards: boxes and losses are fp32 under autocast too, and `DFLoss` no longer
 clamps its caller's target in place. What is not: the clamp (0.01 below the last bin), the weights,
@@ -25,19 +26,31 @@ Training on several GPUs starts processes of its own, which import the trainer's
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
-import warnings
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import dflkern
 
-from ._patch import Function, Patch, Replacement, Trial, check_same, replacement
+from ..interception import Function
+from . import _ultralytics_known as known
+from ._patch import (
+    Patch,
+    Replacement,
+    Replacements,
+    Trial,
+    check_own,
+    check_same,
+    lock,
+    replacement,
+)
 
 VERSIONS = ("8.3", "8.4")
 TOLERANCE = 1e-4  # of the self-check, in fp32, where CIoU's gradient cancels some digits
@@ -46,7 +59,7 @@ _BOX_LOSS = (
     "self", "pred_dist", "pred_bboxes", "anchor_points", "target_bboxes", "target_scores",
     "target_scores_sum", "fg_mask",
 )  # fmt: skip
-_current: Patch | None = None
+_current: Replacements | None = None
 
 
 def patch() -> Patch:
@@ -55,15 +68,20 @@ def patch() -> Patch:
     Before anything is replaced, the version and the parameters of each function are checked, and
     each function is compared with its replacement on 64 random anchors, values and gradients.
 
+    Whatever has been changed about a model or its criterion runs Ultralytics' own code, and a
+    warning says so, once for each reason: another `dfl_loss`, other positions in `proj`, a subclass
+    or a hook that changes the boxes between decode and loss, a replaced `bbox_iou`, hooks on the
+    DFL module's convolution or another module in its place, `reg_max: 1` (YOLO26, which has no
+    DFL). Changes through `.data`, which PyTorch does not record, are not noticed on boxes.
+
     Calls that are traced or exported (ONNX, TorchScript, torch.export, torch.fx) run Ultralytics'
-    own code, and so do models with `reg_max: 1` (YOLO26), which have no DFL: a warning says so.
-    Boxes that did not come from the replaced `bbox_decode` are not the logits' own; `BboxLoss` then
-    runs Ultralytics' code on them, with `DFLoss` replaced.
+    own code without a warning. `BboxLoss` also does under torch.compile, and on inference tensors,
+    whose changes PyTorch does not record; its boxes and DFL are dflkern's.
 
     Returns:
-        A handle: `replaced` names the functions, `undo()` puts them back, and `with patch():` does
-        so at the end of the block. While it is active, another call changes nothing and returns the
-        same handle.
+        A handle: `replaced` names the functions, `undo()` gives it up, and `with patch():` does so
+        at the end of the block. Each call returns its own; the functions are put back when all
+        handles have been undone, in any order.
 
     Raises:
         ImportError: without Ultralytics.
@@ -71,8 +89,6 @@ def patch() -> Patch:
             else. Nothing is replaced then.
     """
     global _current
-    if _current is not None and _current.active:
-        return _current
     try:
         version = importlib.import_module("ultralytics").__version__
     except ImportError as error:
@@ -86,24 +102,34 @@ def patch() -> Patch:
             "loss."
         )
     framework = f"Ultralytics {version}"
-    replacements = _replacements(framework)
-    check_same(framework, replacements, _trials, TOLERANCE)
-    _current = Patch(framework, replacements)
-    return _current
+    with lock:
+        if _current is None or not _current.in_use:
+            replacements = _replacements(framework)
+            check_same(framework, replacements, _trials, TOLERANCE)
+            check_own(framework, "ultralytics", replacements)
+            _current = Replacements(framework, replacements)
+        return _current.handle()
 
 
 def _replacements(framework: str) -> list[Replacement]:
     loss = importlib.import_module("ultralytics.utils.loss")
     block = importlib.import_module("ultralytics.nn.modules.block")
-    decode = ("self", "anchor_points", "pred_dist")
-    known: list[tuple[type, str, list[tuple[str, ...]], Function]] = [
-        (loss.DFLoss, "__call__", [("self", "pred_dist", "target")], _dfl_loss),
-        (loss.BboxLoss, "forward", [_BOX_LOSS, (*_BOX_LOSS, "imgsz", "stride")], _box_loss),
-        (loss.v8DetectionLoss, "bbox_decode", [decode], _decode_boxes),
-        (loss.v8OBBLoss, "bbox_decode", [(*decode, "pred_angle")], _decode_rotated_boxes),
-        (block.DFL, "forward", [("self", "x")], _decode_sides),
-    ]
-    return [replacement(framework, *each) for each in known]
+    head = importlib.import_module("ultralytics.nn.modules.head")
+    decode, rotate = ("self", "anchor_points", "pred_dist"), ("self", "bboxes", "anchors")
+    box_losses = [_BOX_LOSS, (*_BOX_LOSS, "imgsz", "stride")]
+    boxes = functools.partial(known.unknown_boxes, loss.DFLoss)
+    table: list[tuple[type, str, list[tuple[str, ...]], Function, Any]] = [
+        (loss.DFLoss, "__call__", [("self", "pred_dist", "target")], _dfl_loss, known.unknown_rows),
+        (loss.BboxLoss, "forward", box_losses, _box_loss, boxes),
+        (loss.v8DetectionLoss, "bbox_decode", [decode], _decode_boxes, known.unknown_logits),
+        (
+            loss.v8OBBLoss, "bbox_decode", [(*decode, "pred_angle")], _decode_rotated_boxes,
+            known.unknown_logits,
+        ),
+        (block.DFL, "forward", [("self", "x")], _decode_sides, known.unknown_sides),
+        (head.OBB, "decode_bboxes", [rotate, (*rotate, "angle")], _rotate, known.unknown_angle),
+    ]  # fmt: skip
+    return [replacement(framework, *each) for each in table]
 
 
 def _dfl_loss(original: Function, self: Any, pred_dist: Tensor, target: Tensor) -> Tensor:
@@ -126,11 +152,6 @@ def _box_loss(
     **kwargs: Any,
 ) -> Any:
     """The gradient that reached pred_dist through pred_bboxes now comes from box_loss itself."""
-    if getattr(pred_bboxes, "dflkern_logits", None) is not pred_dist:
-        return original(
-            self, pred_dist, pred_bboxes, anchor_points, target_bboxes, target_scores,
-            target_scores_sum, fg_mask, *args, **kwargs,
-        )  # fmt: skip
     return dflkern.box_loss(
         _sides(pred_dist),
         anchor_points,
@@ -141,14 +162,29 @@ def _box_loss(
     )
 
 
+_counted: Any = WeakTensorKeyDictionary()
+
+
+def _project(proj: Tensor) -> Tensor | None:
+    """None for 0, 1, 2, …; a GPU is asked once for each tensor, and after a change."""
+    if torch.compiler.is_compiling():
+        return proj
+    if proj.device.type == "cpu":
+        return None if proj.tolist() == [*range(len(proj))] else proj
+    state = proj.data_ptr(), 0 if proj.is_inference() else proj._version
+    known = _counted.get(proj)
+    if known is None or known[0] != state:
+        known = _counted[proj] = state, proj.tolist() == [*range(len(proj))]
+    return None if known[1] else proj
+
+
 def _decode_boxes(
     original: Function, self: Any, anchor_points: Tensor, pred_dist: Tensor
 ) -> Tensor:
-    """Boxes (B, A, 4) that remember the logits they were decoded from."""
-    if not self.use_dfl:
-        return _without_dfl(original, self, anchor_points, pred_dist)
-    boxes = dflkern.decode_boxes(_sides(pred_dist), anchor_points)
-    boxes.dflkern_logits = pred_dist  # type: ignore[attr-defined]
+    """Boxes (B, A, 4), whose origin is noted for the loss."""
+    project = _project(self.proj)
+    boxes = dflkern.decode_boxes(_sides(pred_dist), anchor_points, project=project)
+    known.note_origin(boxes, pred_dist, anchor_points, counting=project is None)
     return boxes
 
 
@@ -156,21 +192,10 @@ def _decode_rotated_boxes(
     original: Function, self: Any, anchor_points: Tensor, pred_dist: Tensor, pred_angle: Tensor
 ) -> Tensor:
     """Boxes (B, A, 5)."""
-    if not self.use_dfl:
-        return _without_dfl(original, self, anchor_points, pred_dist, pred_angle)
-    distances = dflkern.dfl_decode(_sides(pred_dist))
-    rotated: Tensor = original(SimpleNamespace(use_dfl=False), anchor_points, distances, pred_angle)
-    return rotated
-
-
-def _decode_sides(original: Function, self: Any, x: Tensor) -> Tensor:
-    """A head's (B, 4K, A) to (B, 4, A), read in place."""
-    weight = self.conv.weight  # the bins' positions: a frozen parameter, unless someone trains it
-    if weight.requires_grad and torch.is_grad_enabled():
-        trained: Tensor = original(self, x)
-        return trained
-    logits = x.unflatten(1, (4, self.c1))
-    return dflkern.dfl_decode(logits, dim=2, project=weight.detach().flatten())
+    distances = dflkern.dfl_decode(_sides(pred_dist), project=_project(self.proj))
+    angle = _as_wide_as(distances, pred_angle)
+    boxes: Tensor = original(SimpleNamespace(use_dfl=False), anchor_points, distances, angle)
+    return boxes
 
 
 def _sides(pred_dist: Tensor) -> Tensor:
@@ -179,14 +204,28 @@ def _sides(pred_dist: Tensor) -> Tensor:
     return logits
 
 
-def _without_dfl(original: Function, *args: Any) -> Tensor:
-    warnings.warn(
-        "dflkern: this model has reg_max: 1, so it has no DFL, and Ultralytics' own box loss runs "
-        "unchanged.",
-        stacklevel=4,
-    )
-    boxes: Tensor = original(*args)
-    return boxes
+def _as_wide_as(distances: Tensor, angle: Tensor) -> Tensor:
+    """The angle, so that a rotation of fp32 distances is fp32 too."""
+    return angle.to(torch.promote_types(distances.dtype, angle.dtype))
+
+
+def _decode_sides(original: Function, self: Any, x: Tensor) -> Tensor:
+    """A head's (B, 4K, A) to (B, 4, A), read in place."""
+    weight = self.conv.weight  # the positions of the bins
+    logits = x.unflatten(1, (4, self.c1))
+    return dflkern.dfl_decode(logits, dim=2, project=weight.detach().flatten())
+
+
+def _rotate(
+    original: Function, self: Any, bboxes: Tensor, anchors: Tensor, angle: Tensor | None = None
+) -> Tensor:
+    """Distances (B, 4, A) to boxes; Ultralytics 8.3 keeps the angle in the head."""
+    if angle is not None:
+        rotated: Tensor = original(self, bboxes, anchors, _as_wide_as(bboxes, angle))
+    else:
+        head = SimpleNamespace(angle=_as_wide_as(bboxes, self.angle))
+        rotated = original(head, bboxes, anchors)
+    return rotated
 
 
 def _trials() -> dict[str, Trial]:

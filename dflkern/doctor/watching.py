@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from ..checks import Project
+from ..interception import Function, intercept
 from ..modules import BoxLoss, DFLoss
 from .examination import examine
 from .findings import Report
@@ -81,7 +82,6 @@ class Watch:
         self._norms: dict[str, list[Tensor]] = {}
         self._current: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        self._replaced: list[tuple[Any, Callable[..., Any]]] = []
         self._only: set[int] = set()
         self._inside: list[nn.Module] = []
         self._thread = 0
@@ -112,9 +112,7 @@ class Watch:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        for owner, call in self._replaced:
-            owner.__call__ = call
-        self._handles, self._replaced = [], []
+        self._handles = []
         self._close_step()
 
     def record(
@@ -213,19 +211,18 @@ class Watch:
 
     def _replace_call(self, owner: Any) -> None:
         """See the calls of a class that replaces `__call__`, and with it all hooks."""
-        call = owner.__call__
-        self._replaced.append((owner, call))
+        signature = owner.__call__
 
-        def seen(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def seen(call: Function, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             first = not self._inside and self._counts(module)
             if first:  # before the call: Ultralytics' DFLoss clamps the caller's targets
-                self._see(module, arguments(call, module, args, kwargs))
+                self._see(module, arguments(signature, module, args, kwargs))
             output = call(module, *args, **kwargs)
             if first:
                 self._see_loss(output)
             return output
 
-        owner.__call__ = seen
+        self._handles.append(intercept(owner, "__call__", seen))
 
     def _see(self, module: Any, call: dict[str, Any]) -> None:
         ours = isinstance(module, (DFLoss, BoxLoss))
