@@ -374,6 +374,68 @@ def test_losses_without_gradients(mode):
     compare(lambda: losses(edited), *([] if mode is torch.inference_mode else [known.BOXES]))
 
 
+def one_element(given):
+    given.total = given.total.view(1)
+
+
+def a_number(given):
+    given.total = 3
+
+
+def without_foreground(given):
+    given.foreground = torch.zeros_like(given.foreground)
+
+
+def targets_shared_by_the_images(given):
+    given.boxes = given.boxes[:1].expand(2, -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        (one_element, [known.ARGUMENTS]), (a_number, []), (without_foreground, []),
+        (targets_shared_by_the_images, []),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)  # fmt: skip
+def test_other_arguments_of_the_box_loss(change, reasons):
+    made, given = criterion(), inputs()
+    change(given)
+    compare(lambda: run(made, given), *reasons)
+
+
+def test_anchor_points_edited_between_decode_and_loss():
+    made, given = criterion(), inputs()
+    points = given.points.clone()
+
+    def losses():
+        given.points = points.clone()
+        boxes = made.bbox_decode(given.points, given.logits)
+        given.points += 0.5
+        return box_losses(made.bbox_loss, given.logits, boxes, given)
+
+    compare(losses, known.BOXES)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_asked_for_the_positions_once_and_after_a_change():
+    made = criterion()
+    given = inputs()
+    made.proj = made.proj.cuda()
+    points, logits = given.points.cuda(), given.logits.cuda()
+    with patch():
+        boxes = made.bbox_decode(points, logits)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = made.bbox_decode(points, logits)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(again, boxes)
+        made.proj *= 0.5
+        halved = made.bbox_decode(points, logits)
+    torch.testing.assert_close(halved, made.bbox_decode(points, logits), rtol=1e-4, atol=1e-4)
+
+
 def test_boxes_hold_nothing_of_dflkern():
     given = inputs()
     with patch(), torch.no_grad():
