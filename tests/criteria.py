@@ -1,11 +1,14 @@
-"""Ultralytics' criterion without its model, its inputs, and the functions that patch() replaces."""
+"""Ultralytics' criterion without its model, its inputs, and runs of it with and without patch()."""
 
+import warnings
 from types import SimpleNamespace
 
 import torch
 import ultralytics
 from ultralytics.nn.modules import block, head
 from ultralytics.utils import loss
+
+from dflkern.adapters.ultralytics import patch
 
 OLD = ultralytics.__version__.startswith("8.3")
 FUNCTIONS = [
@@ -17,6 +20,8 @@ FUNCTIONS = [
     (head.OBB, "decode_bboxes"),
 ]
 BINS, ANCHORS = 16, 80
+POSITIONS = torch.arange(BINS, dtype=torch.float)
+OTHER_POSITIONS = torch.linspace(0, 20, BINS)
 
 
 def installed():
@@ -53,10 +58,10 @@ def double(given):
     )
 
 
-def criterion(kind=loss.v8DetectionLoss):
+def criterion(kind=loss.v8DetectionLoss, proj=POSITIONS):
     """A criterion of a class, with what its decode and its box loss read."""
     made = object.__new__(kind)
-    made.use_dfl, made.proj = True, torch.arange(BINS, dtype=torch.float)
+    made.use_dfl, made.proj = True, proj.clone()
     made.bbox_loss = loss.BboxLoss(BINS)
     return made
 
@@ -82,3 +87,29 @@ def rotate_at_inference(distances, points, angle):
     if OLD:
         return head.OBB.decode_bboxes(SimpleNamespace(angle=angle), distances, points)
     return head.OBB.decode_bboxes(None, distances, points, angle)
+
+
+def run(made, given):
+    """Boxes, losses and the gradient of the logits, as the criterion's own loss calls them."""
+    leaf = given.logits.clone().requires_grad_()
+    logits = leaf * 1.0
+    boxes = made.bbox_decode(given.points, logits)
+    return with_gradient(leaf, boxes * 1.0, *box_losses(made.bbox_loss, logits, boxes, given))
+
+
+def said(record):
+    """The reasons of dflkern's warnings."""
+    texts = [str(each.message) for each in record]
+    return [text for text in texts if text.startswith("dflkern: Ultralytics ")]
+
+
+def compare(call, *reasons, calls=2):
+    """The same results patched as unpatched, and one warning for each of the reasons."""
+    expected = [call() for _ in range(calls)]
+    with patch(), warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        actual = [call() for _ in range(calls)]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert len(said(record)) == len(reasons), said(record)
+    for text, reason in zip(said(record), reasons, strict=True):
+        assert f"because {reason}. This is said once." in text
