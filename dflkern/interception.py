@@ -63,10 +63,10 @@ class _Site:
 
     def change(self, layers: list[Interception]) -> None:
         """Set the interceptions; without any, give the class its own function back."""
-        self.call = self.original
+        call = self.original
         for each in reversed(layers):
-            self.call = each.around(self.call)
-        self.layers = layers
+            call = each.around(call)
+        self.call, self.layers = call, layers  # whole at any time: other threads call it
         if not layers:
             self.restore()
 
