@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks
 from torch.nn.modules.conv import Conv2d
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..checks import LOGITS_DTYPES, MAX_BINS, MIN_BINS
+from ..checks import FLOAT_DTYPES, MAX_BINS, MIN_BINS
 from ..interception import is_intercepted
 from ._patch import SILENTLY
 
@@ -42,7 +42,7 @@ _FORWARD, _CONV_FORWARD = Conv2d.forward, Conv2d._conv_forward
 def _are_plain(*values: Any) -> bool:
     """Whether all are floating-point tensors, of no subclass and on one device."""
     for value in values:  # a loop: this runs at every call
-        if type(value) not in (Tensor, Parameter) or value.dtype not in LOGITS_DTYPES:
+        if type(value) not in (Tensor, Parameter) or value.dtype not in FLOAT_DTYPES:
             return False
         if value is not values[0] and value.device != values[0].device:
             return False
