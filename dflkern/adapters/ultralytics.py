@@ -72,7 +72,8 @@ def patch() -> Patch:
     warning says so, once for each reason: another `dfl_loss`, other positions in `proj`, a subclass
     or a hook that changes the boxes between decode and loss, a replaced `bbox_iou`, hooks on the
     DFL module's convolution or another module in its place, `reg_max: 1` (YOLO26, which has no
-    DFL). Changes through `.data`, which PyTorch does not record, are not noticed on boxes.
+    DFL). Changes through `.data`, which PyTorch does not record, are not noticed on boxes, nor in
+    `proj` on a GPU.
 
     Calls that are traced or exported (ONNX, TorchScript, torch.export, torch.fx) run Ultralytics'
     own code without a warning. `BboxLoss` also does under torch.compile, and on inference tensors,
