@@ -110,8 +110,8 @@ def test_memory_is_bounded():
         for _ in range(6):
             loss(torch.randn(5000, 4, NUM_BINS), 5 * torch.rand(5000, 4))
     assert w.report.levels[0].count <= 3 * 256 * 4
-    assert sum(rows["logits"].numel() for rows in w._rows) <= 3 * 256 * 4 * NUM_BINS
-    assert len(w._losses) == 6  # scalars
+    assert w._samples.rows()["logits"].numel() <= 3 * 256 * 4 * NUM_BINS
+    assert len(w._losses.values()) == 6
 
 
 def box_loss_arguments(dim, pixels):

@@ -30,6 +30,7 @@ EXPLAINS: dict[str, tuple[str, ...]] = {
     "pixels": _UNITS,
     "normalized": _RANGES,
     "half-anchors": ("negative", "tiny-objects", "integer-only"),
+    "no-targets": (),
     "extra-bin": (),
     "bin-major": ("saturated-logits", "exploding-gradient"),
     "zero-weight": ("zero-normalizer", "flat-logits"),

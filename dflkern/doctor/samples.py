@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..checks import MAX_BINS, MIN_BINS
 from ..geometry import bbox2dist, column
 
 Rows = dict[str, Tensor]
@@ -19,14 +20,17 @@ def thinned(rows: Rows, most: int) -> Rows:
     return {name: values.detach()[::step].clone() for name, values in rows.items()}
 
 
-def rows_of_call(
-    call: dict[str, Any], dim: int, stride: Tensor | float | None, most: int
-) -> Rows | None:
-    """The sample of a call by roles (see `signatures`); None if it is no DFL after all."""
-    if not isinstance(call["logits"], Tensor):
+def rows_of_call(call: dict[str, Any], dim: int, stride: Tensor | float | None) -> Rows | None:
+    """The rows of a call by roles (see `signatures`); None if it is no DFL after all."""
+    if not has_values(call["logits"]):
         return None
     rows = _of_boxes(call, dim, stride) if "boxes" in call else _of_targets(call, dim)
-    return thinned(rows, most) if rows else None
+    return rows if rows and MIN_BINS <= rows["logits"].shape[-1] <= MAX_BINS else None
+
+
+def has_values(value: object) -> bool:
+    """A tensor of PyTorch's own; subclasses are for tracing, among other things."""
+    return type(value) in (Tensor, nn.Parameter) and not value.is_meta  # type: ignore[attr-defined]
 
 
 def kind(rows: Rows) -> tuple[Any, ...]:

@@ -22,9 +22,16 @@ NAMES = {
 }
 
 
-@functools.lru_cache(maxsize=1024)
 def roles(function: Callable[..., Any]) -> dict[str, str] | None:
     """{role: parameter} of a method that computes DFL, None for any other."""
+    try:
+        return _roles(function)
+    except (TypeError, ValueError):  # it has no signature
+        return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _roles(function: Callable[..., Any]) -> dict[str, str] | None:
     parameters = inspect.signature(function).parameters
     found = {
         role: name
@@ -44,10 +51,15 @@ def arguments(
     return {role: bound[name] for role, name in known.items() if bound.get(name) is not None}
 
 
+def forward(module: nn.Module) -> Any:
+    """The class's forward; None where it has none of Python's, as in TorchScript."""
+    return getattr(type(module), "forward", None)
+
+
 def method(module: nn.Module) -> Callable[..., Any]:
     """What computes the module's output: forward, or a `__call__` of its own, past all hooks."""
     kind = type(module)
-    return kind.__call__ if kind.__call__ is not nn.Module.__call__ else kind.forward
+    return kind.__call__ if kind.__call__ is not nn.Module.__call__ else forward(module)
 
 
 def losses_in(thing: object, depth: int = 3) -> Iterator[nn.Module]:

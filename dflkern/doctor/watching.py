@@ -1,27 +1,24 @@
-"""`watch`: look over the shoulder of a running training."""
+"""`watch`: record what a running training gives to its DFL losses, and examine it."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
 from ..checks import Project
-from ..interception import Function, intercept
 from ..modules import BoxLoss, DFLoss
+from .calls import Call, Observer, harmless
 from .examination import examine
-from .findings import Report
-from .samples import kind, rows_of_call, thinned
-from .signatures import arguments, losses_in, roles
-
-ROWS = 256  # anchors kept of a call
-MAX_NUMBERS = 10_000  # losses and normalizers kept
+from .findings import Finding, Report, Severity
+from .records import GradientNorms, Samples, Series
+from .samples import rows_of_call
+from .signatures import losses_in
 
 
 def watch(
@@ -41,10 +38,12 @@ def watch(
         print(w.report)
 
     It sees every call of a module that takes DFL's arguments (`dflkern.DFLoss`, `dflkern.BoxLoss`,
-    Ultralytics' `BboxLoss` and `DFLoss`, mmdet's `DistributionFocalLoss`) and the gradients of the
-    model's parameters. It keeps an even sample of the first steps; memory stays bounded, no random
-    number is drawn, and the training computes exactly what it would without. A loss called as a
-    function is seen by `Watch.record`.
+    Ultralytics' `BboxLoss` and `DFLoss`, mmdet's `DistributionFocalLoss`) in this thread, and the
+    gradients of the model's parameters. Of a loss within a loss the outer one is taken, or the
+    inner one where the outer one's arguments cannot be read, as with rotated boxes. It keeps an
+    even sample of the first steps; memory stays bounded, no random number is drawn, and the
+    training computes exactly what it would without. Steps that raise are seen as well; the watch
+    itself never raises in a step. A loss called as a function is seen by `Watch.record`.
 
     Args:
         watched: a loss module, a criterion, or a model; with none of those losses in it (yet), all
@@ -53,7 +52,7 @@ def watch(
         stride: pixels per cell of each anchor, (A,) or (A, 1), where the loss is not given it.
         project: W; None: the module's, else 0, 1, …, K − 1.
         margin: None: the module's, else 0.01.
-        steps: how many calls are kept.
+        steps: how many calls are kept; together at most 25 600 anchors.
 
     Returns:
         The `Watch`; its `report` is there during and after the block.
@@ -75,33 +74,31 @@ class Watch:
     ) -> None:
         self._watched = watched
         self._num_bins, self._stride, self._project = num_bins, stride, project
-        self._margin, self._steps = margin, steps
-        self._rows: list[dict[str, Tensor]] = []
-        self._losses: list[Tensor] = []
-        self._normalizers: list[Tensor] = []
-        self._norms: dict[str, list[Tensor]] = {}
-        self._current: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
-        self._only: set[int] = set()
-        self._inside: list[nn.Module] = []
-        self._thread = 0
+        self._margin = margin
+        self._samples, self._norms = Samples(steps), GradientNorms(steps)
+        self._losses, self._normalizers = Series(), Series()
+        self._readable: set[type] = set()
+        self._unread: dict[str, int] = {}  # calls by the class's name
+        self._unread_losses = Series()
+        self._columns: dict[str, int] = {}
+        self._undo: contextlib.ExitStack | None = None
 
     def __enter__(self) -> Watch:
-        found = list(losses_in(self._watched))
-        self._only = {id(module) for module in found}
-        self._thread = threading.get_ident()
-        self._handles = [
-            hooks.register_module_forward_pre_hook(self._before),
-            hooks.register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
-        for owner in {type(module) for module in found if not roles(type(module).forward)}:
-            self._replace_call(owner)
-        if isinstance(self._watched, nn.Module):
-            for name, parameter in self._watched.named_parameters():
-                if parameter.requires_grad:
-                    self._handles.append(
-                        parameter.register_post_accumulate_grad_hook(self._norm_hook(name))
-                    )
+        if self._undo is not None:
+            raise RuntimeError("watch: this watch is active already; call watch() for another.")
+        undo = contextlib.ExitStack()
+        try:
+            Observer(self, losses_in(self._watched), undo)
+            if isinstance(self._watched, nn.Module):
+                for name, parameter in self._watched.named_parameters():
+                    lazy = nn.parameter.is_lazy(parameter)
+                    if not lazy and parameter.requires_grad and parameter.is_leaf:
+                        hook = self._norm_hook(name)
+                        undo.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        except BaseException:
+            undo.close()
+            raise
+        self._undo = undo
         return self
 
     def __exit__(
@@ -110,10 +107,10 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._close_step()
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()
+        self._norms.end_pass()
 
     def record(
         self,
@@ -139,16 +136,18 @@ class Watch:
             normalizer: what this step divides by.
             loss: the step's loss, or the losses of its anchors.
         """
-        with torch.no_grad():
-            self._note(self._normalizers, normalizer)
-            self._note(self._losses, loss)
-            given = {
-                "logits": logits, "targets": targets, "boxes": boxes,
-                "anchor_points": anchor_points, "stride": stride, "weight": weight,
-            }  # fmt: skip
-            rows = {name: value for name, value in given.items() if value is not None}
-            if rows and len(self._rows) < self._steps:
-                self._rows.append(thinned(rows, ROWS))
+        given = {
+            "logits": logits, "targets": targets, "boxes": boxes,
+            "anchor_points": anchor_points, "stride": stride, "weight": weight,
+        }  # fmt: skip
+        rows = {name: value for name, value in given.items() if value is not None}
+        counts = {name: len(value) for name, value in rows.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"record: all need a row for each foreground anchor; got {counts}.")
+        self._normalizers.add(normalizer)
+        self._losses.add(loss)
+        if rows and not self._samples.full():
+            self._samples.add(self._samples.thin(rows))
 
     @property
     def report(self) -> Report:
@@ -157,113 +156,89 @@ class Watch:
         Raises:
             RuntimeError: if no DFL loss and no gradient was seen.
         """
-        evidence = self._evidence()
+        evidence: dict[str, Any] = self._samples.rows()
+        unread = None if evidence else self._without_targets()
+        losses = self._unread_losses if unread and self._unread else self._losses
+        series = {"losses": losses.values(), "normalizer": self._normalizers.values()}
+        evidence |= {name: values for name, values in series.items() if values is not None}
+        if norms := self._norms.by_layer():
+            evidence["gradients"] = norms
         if not evidence:
             raise RuntimeError(
                 "watch: no DFL loss was called in the block. Pass the model or its criterion, and "
                 "run at least one training step; for a loss that is called as a function, call "
                 "record(logits=..., targets=..., ...) in the step."
             )
-        return examine(**evidence)
+        bins = evidence["logits"].shape[-1] if "logits" in evidence else None
+        evidence |= {"num_bins": self._num_bins or bins, "project": self._project}
+        evidence["margin"] = 0.01 if self._margin is None else self._margin
+        report = examine(**evidence)
+        return replace(report, findings=(unread, *report.findings)) if unread else report
 
-    def _evidence(self) -> dict[str, Any]:
-        rows = self._rows
-        evidence: dict[str, Any] = {}
-        if rows:
-            same = [step for step in rows if kind(step) == kind(rows[0])]
-            evidence = {name: torch.cat([step[name] for step in same]) for name in same[0]}
-        if self._losses:
-            evidence["losses"] = torch.cat(self._losses)
-        if self._normalizers:
-            evidence["normalizer"] = torch.cat(self._normalizers)
-        norms = {name: torch.stack(values) for name, values in self._norms.items() if values}
-        if norms:
-            evidence["gradients"] = {name: values.tolist() for name, values in norms.items()}
-        if evidence:
-            evidence |= {"num_bins": self._num_bins, "project": self._project}
-            evidence["margin"] = 0.01 if self._margin is None else self._margin
-        return evidence
+    def _without_targets(self) -> Finding:
+        calls = ", ".join(f"{count} of {name}" for name, count in self._unread.items())
+        return Finding(
+            "no-targets",
+            Severity.WARNING,
+            "No targets were seen, so they were not examined.",
+            f"calls whose arguments could not be read: {calls or 'none'}",
+            "Boxes other than x1, y1, x2, y2, batches without foreground, or a head without bins "
+            "(reg_max: 1)."
+            if calls
+            else "The loss is a function, or was not called in the block.",
+            "w.record(logits=logits, targets=targets, loss=loss)  # in the step, over the "
+            "foreground",
+        )
 
-    def _note(self, numbers: list[Tensor], value: Tensor | float | None) -> None:
-        if value is not None and len(numbers) < MAX_NUMBERS:
-            value = torch.as_tensor(value).detach().float()
-            numbers.append(value.flatten()[:: max(1, value.numel() // ROWS)].clone())
+    # --- what the calls of losses are shown to --------------------------------------------------
 
-    # --- what hooks see -------------------------------------------------------------------------
-
-    def _counts(self, module: nn.Module) -> bool:
-        mine = not self._only or id(module) in self._only
-        return mine and threading.get_ident() == self._thread
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._counts(module) and roles(type(module).forward):
-            self._inside.append(module)
-
-    def _after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object
-    ) -> None:
-        if not self._inside or self._inside[-1] is not module:
-            return
-        self._inside.pop()
-        if not self._inside and output is not None:  # a loss within a loss is seen once
-            self._see(module, arguments(type(module).forward, module, args, kwargs))
-            self._see_loss(output)
-
-    def _replace_call(self, owner: Any) -> None:
-        """See the calls of a class that replaces `__call__`, and with it all hooks."""
-        signature = owner.__call__
-
-        def seen(call: Function, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            first = not self._inside and self._counts(module)
-            if first:  # before the call: Ultralytics' DFLoss clamps the caller's targets
-                self._see(module, arguments(signature, module, args, kwargs))
-            output = call(module, *args, **kwargs)
-            if first:
-                self._see_loss(output)
-            return output
-
-        self._handles.append(intercept(owner, "__call__", seen))
-
-    def _see(self, module: Any, call: dict[str, Any]) -> None:
+    def read(self, call: Call, given: dict[str, Any]) -> None:
+        """Take a sample of a loss's arguments, by role."""
+        module: Any = call.module
         ours = isinstance(module, (DFLoss, BoxLoss))
         if ours and self._margin is None:
             self._margin = module.margin
         if ours and self._project is None:
             self._project = module.project
-        with torch.no_grad():
-            self._note(self._normalizers, call.get("normalizer"))
-            if len(self._rows) < self._steps:
-                dim = module.dim if ours else -1
-                # A loss of another kind under these names must not stop the training.
-                with contextlib.suppress(AttributeError, LookupError, RuntimeError, TypeError):
-                    if rows := rows_of_call(call, dim, self._stride, ROWS):
-                        self._rows.append(rows)
+        call.normalizer = given.get("normalizer")
+        if not self._samples.full():
+            with torch.no_grad():
+                rows = rows_of_call(given, module.dim if ours else -1, self._stride)
+                if rows:
+                    self._readable.add(type(module))
+                    call.samples.append(self._samples.thin(rows))
 
-    def _see_loss(self, output: object) -> None:
+    def keep(self, call: Call, outer: Call | None, output: object) -> None:
+        """Keep what was read of a loss, or leave it to the loss that it is part of."""
         if isinstance(output, Sequence) and len(output) > 1:
             output = output[1]  # (IoU loss, DFL loss)
         if isinstance(output, Tensor) and output.numel():
-            self._note(self._losses, output.detach().float().mean())
+            call.loss = output.detach().float().mean()
+        if not call.samples:
+            call.samples = [rows for inner in call.inner for rows in inner.samples]
+        if outer is not None:
+            outer.inner.append(call)
+            return
+        for rows in call.samples:
+            self._samples.add(rows)
+        if self._readable & {type(each.module) for each in (call, *call.inner)}:
+            self._normalizers.add(call.normalizer)
+            self._losses.add(call.loss)
+        else:
+            name = type(call.module).__name__
+            self._unread[name] = self._unread.get(name, 0) + 1
+            self._unread_losses.add(call.loss)
 
     # --- gradients ------------------------------------------------------------------------------
 
     def _norm_hook(self, name: str) -> Callable[[Tensor], None]:
+        if name not in self._columns:
+            self._columns[name] = self._norms.name(name)
+        column = self._columns[name]
+
+        @harmless
         def hook(parameter: Tensor) -> None:
-            if parameter.grad is None or len(self._norms.get("", ())) >= self._steps:
-                return
-            if name in self._current:
-                self._close_step()
-            with torch.no_grad():
-                self._current[name] = parameter.grad.detach().float().norm()
+            if parameter.grad is not None:
+                self._norms.add(column, parameter.grad)
 
         return hook
-
-    def _close_step(self) -> None:
-        """Keep the norms of a backward pass: of each layer, in its order, and of all together."""
-        norms, self._current = self._current, {}
-        if not norms:
-            return
-        self._norms.setdefault("", []).append(torch.stack(list(norms.values())).norm())
-        for name, norm in norms.items():
-            if name.endswith("weight"):
-                self._norms.setdefault(name, []).append(norm)
