@@ -202,7 +202,7 @@ def test_usage(capsys):
 def test_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(tmp_path, save(tmp_path / "case.pt", GOOD)) == 0
-    assert 'No picture: pip install "dflkern[demo]"' in capsys.readouterr().out
+    assert 'No picture: pip install "dflkern[doctor]"' in capsys.readouterr().err
 
 
 def test_importing_dflkern_does_not_import_the_doctor():

@@ -3,7 +3,7 @@
 The file is a .pt, .npz or .safetensors with tensors named like the arguments of
 `dflkern.doctor.examine`; it is read so that it cannot run code. The exit code is that of the
 gravest finding: 0 for nothing above a note, 1 for a warning, 2 for an error; and 3 for a file that
-cannot be examined.
+cannot be examined, with the reason on stderr.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .examination import examine
 from .example import seed
-from .files import UnreadableError, read
+from .files import read
 from .findings import Report
 
 UNUSABLE = 3
@@ -41,30 +41,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Examine, print, draw.
+    """Examine, print, then draw; a picture that cannot be drawn is one line on stderr.
 
     Returns:
         0, 1 or 2: the gravest finding is a note, a warning, an error; 3: nothing could be examined.
     """
     try:
         report = examine(**(seed() if arguments.demo else read(arguments.file)))
-    except (UnreadableError, TypeError, ValueError) as error:
+        text = str(report)
+        if arguments.json:
+            text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
         print(error, file=sys.stderr)
         return UNUSABLE
-    drawn = _draw(report, arguments.picture)
-    if arguments.json:
-        print(json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
-    else:
-        print(f"{report}\n\n{drawn}" if drawn else report)
+    except Exception as error:  # a fault of the doctor's own, or too little memory
+        reason = _first_line(f"{type(error).__name__}: {error}")
+        print(f"The doctor failed on {arguments.file or 'the demo'}: {reason}", file=sys.stderr)
+        return UNUSABLE
+    print(text, flush=True)
+    if report.levels:
+        _draw(report, arguments.picture, quiet=arguments.json)
     return int(report.severity)
 
 
-def _draw(report: Report, path: Path) -> str:
-    if not report.levels:
-        return ""
-    if importlib.util.find_spec("matplotlib") is None:
-        return 'No picture: pip install "dflkern[demo]" brings matplotlib.'
-    from .picture import draw
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
-    draw(report, path)
-    return f"Drawn: {path}"
+
+def _draw(report: Report, path: Path, *, quiet: bool) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print('No picture: pip install "dflkern[doctor]" brings matplotlib.', file=sys.stderr)
+        return
+    try:
+        from .picture import draw
+
+        draw(report, path)
+    except Exception as error:  # of the folder, the format, or a broken matplotlib
+        print(f"No picture: {_first_line(str(error))}", file=sys.stderr)
+        return
+    if not quiet:
+        print(f"\nDrawn: {path}")

@@ -11,8 +11,9 @@ from ..checks import Project
 from . import distributions, precision, ranges, training
 from .evidence import Evidence
 from .findings import Finding, Report, arrange
-from .intake import Numbers, gather
+from .intake import gather
 from .units import units
+from .values import Numbers
 
 CHECKS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     units,

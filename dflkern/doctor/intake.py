@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import Project, check_margin, check_positions
+from ..checks import MAX_BINS, MIN_BINS, Project, check_margin, check_positions
 from ..geometry import bbox2dist
 from .evidence import Evidence, Geometry
+from .values import Numbers, numbers, tensor, whole
 
 MAX_LOGITS = 4_000_000  # a sample this large says as much as all of them
-Numbers: TypeAlias = Sequence[float] | Tensor  # losses or norms over the steps
+HEAD_CHANNELS = 4 * 8  # as many as four sides of the fewest bins in use have
 
 
 def gather(
@@ -37,7 +38,7 @@ def gather(
     """Check what `examine` was given, and bring it into rows.
 
     Raises:
-        TypeError: for what is no tensor.
+        TypeError: for what is no tensor or number, and for tensors without plain real values.
         ValueError: for shapes that do not fit, in a sentence with the way out.
     """
     things = (targets, logits, boxes, anchor_points, losses, gradients, weight, normalizer)
@@ -48,17 +49,22 @@ def gather(
         )
     check_margin("examine", margin, bounded=project is None)
     targets, logits, boxes, anchor_points, weight, foreground = (
-        _tensor(name, value)
+        None if value is None else tensor(name, value)
         for name, value in (
             ("targets", targets), ("logits", logits), ("boxes", boxes),
             ("anchor_points", anchor_points), ("weight", weight), ("foreground", foreground),
         )
     )  # fmt: skip
     positions = _positions(project, margin)
-    num_bins = num_bins or (None if positions is None else len(positions))
+    if num_bins is not None:
+        num_bins = whole("num_bins", num_bins)
+    elif positions is not None:
+        num_bins = len(positions)
     if logits is not None:
-        logits = _bins_last(logits, dim, num_bins)
-        num_bins = num_bins or logits.shape[-1]
+        sides = next((t for t in (targets, boxes) if t is not None and _has_sides(t)), None)
+        anchors_shape = None if sides is None else sides.shape[:-1]
+        logits = _bins_last(logits, whole("dim", dim), num_bins, anchors_shape)
+        num_bins = logits.shape[-1] if num_bins is None else num_bins
     _check_bins(num_bins, positions, needed=targets is not None or boxes is not None)
 
     anchors = _anchors(targets, boxes, foreground)
@@ -142,38 +148,13 @@ def _anchors(
     return _Anchors(shape, foreground.flatten().nonzero()[:, 0])
 
 
-def numbers(name: str, values: Numbers | float) -> Tensor:
-    """A flat fp64 tensor of a tensor, a number, or a sequence of numbers."""
-    try:
-        if isinstance(values, Sequence):
-            values = [float(value) for value in values]
-        return torch.as_tensor(values).detach().to("cpu", torch.float64).flatten()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"examine: {name} is a {type(values).__name__}; a tensor or a sequence of numbers is "
-            f"needed. Convert it with [float(x) for x in {name}]."
-        ) from error
-
-
-def _tensor(name: str, value: object) -> Tensor | None:
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"examine: {name} is a {type(value).__name__}; a torch.Tensor is needed. Convert it "
-            f"with torch.as_tensor({name})."
-        )
-    if name != "foreground" and not value.is_floating_point():
-        value = value.float()
-    return value.detach().cpu()
-
-
 def _positions(project: Project, margin: float) -> Tensor | None:
     if project is None:
         return None
-    values = project.tolist() if isinstance(project, Tensor) else [float(w) for w in project]
-    check_positions("examine", values, margin)
-    return torch.tensor(values, dtype=torch.float64)
+    positions = numbers("project", project)
+    _check_bins(len(positions), None, needed=True)
+    check_positions("examine", positions.tolist(), margin)
+    return positions
 
 
 def _check_bins(num_bins: int | None, positions: Tensor | None, *, needed: bool) -> None:
@@ -182,8 +163,12 @@ def _check_bins(num_bins: int | None, positions: Tensor | None, *, needed: bool)
             "examine: targets and boxes need num_bins, the number of bins a side has in the head "
             "(Ultralytics' reg_max; mmdet's reg_max + 1), or the logits that show it."
         )
-    if num_bins is not None and num_bins < 2:
-        raise ValueError(f"examine: num_bins={num_bins}; a distribution has at least 2 bins.")
+    if num_bins is not None and not MIN_BINS <= num_bins <= MAX_BINS:
+        given = num_bins if abs(num_bins) < 10**18 else "10**18 or more"
+        raise ValueError(
+            f"examine: num_bins={given}; a distribution has at least {MIN_BINS} bins, and at most "
+            f"{MAX_BINS} here."
+        )
     if positions is not None and len(positions) != num_bins:
         raise ValueError(f"examine: project has {len(positions)} positions for {num_bins} bins.")
 
@@ -211,34 +196,48 @@ def _pairs(points: Tensor) -> Tensor:
 
 
 def _steps(stride: Tensor | float, anchors: _Anchors) -> Tensor:
-    values = torch.as_tensor(stride).detach().to("cpu", torch.float64)
+    values = numbers("stride", stride)
+    if isinstance(stride, Tensor):
+        values = values.reshape(stride.shape)
     if values.ndim > len(anchors.shape) or (values.ndim > 1 and values.shape[-1] == 1):
         values = values.squeeze(-1)
-    if not bool((values > 0).all()):
-        raise ValueError("examine: stride must be above 0: the pixels of a cell.")
+    if not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError("examine: stride must be above 0 and finite: the pixels of a cell.")
     return anchors.broadcast("stride", values, anchors.shape).reshape(-1)[anchors.chosen]
 
 
-def _bins_last(logits: Tensor, dim: int, num_bins: int | None) -> Tensor:
+def _bins_last(
+    logits: Tensor, dim: int, num_bins: int | None, anchors: tuple[int, ...] | None
+) -> Tensor:
     """(…, K); 4·K channels along dim become (…, 4, K)."""
+    shape = tuple(logits.shape)
     if not -logits.ndim <= dim < logits.ndim:
         raise ValueError(
-            f"examine: dim={dim} is out of range for logits of shape {tuple(logits.shape)}; it "
-            "names the axis of the bins, 2 for a head's (B, 4, K, A)."
+            f"examine: dim={dim} is out of range for logits of shape {shape}; it names the axis of "
+            "the bins, 2 for a head's (B, 4, K, A)."
         )
     if logits.ndim == 4 and dim in (2, -2):
         return logits.permute(0, 3, 1, 2)
+    rows = logits.ndim == 2 and dim in (-1, 1)  # a distribution in each
     logits = logits.movedim(dim, -1)
+    logits = logits.unsqueeze(0) if logits.ndim == 1 else logits
     size = logits.shape[-1]
-    if num_bins is not None and size in (4 * num_bins, 4 * (num_bins + 1), 4 * (num_bins - 1)):
-        sides: Tensor = logits.unflatten(-1, (4, size // 4))
-        return sides
-    if size < 2:
+    if size < MIN_BINS:
         raise ValueError(
-            f"examine: logits of shape {tuple(logits.shape)} have {size} bins; at least 2 are "
-            "needed. A model with one bin a side (reg_max: 1) has no DFL."
+            f"examine: logits of shape {shape} have {size} bins; at least {MIN_BINS} are needed. A "
+            "model with one bin a side (reg_max: 1) has no DFL."
         )
-    return logits
+    if num_bins is not None:
+        four = size in (4 * num_bins, 4 * (num_bins + 1), 4 * (num_bins - 1))
+    else:
+        four = size % 4 == 0 and tuple(logits.shape[:-1]) == anchors
+        sides = logits.ndim > 2 and logits.shape[-2] == 4
+        if size >= HEAD_CHANNELS and not (four or size % 4 or rows or sides):
+            raise ValueError(
+                f"examine: logits of shape {shape} with dim={dim} have {size} channels: 4 sides of "
+                f"{size // 4} bins, or {size} bins? Pass num_bins={size // 4} or num_bins={size}."
+            )
+    return logits.unflatten(-1, (4, size // 4)) if four else logits
 
 
 def _logit_rows(logits: Tensor, anchors: _Anchors | None) -> Tensor:
@@ -267,7 +266,7 @@ def _norms(gradients: Mapping[str, Any] | Numbers) -> dict[str, Tensor]:
     if not isinstance(gradients, Mapping):
         return {"": numbers("gradients", gradients)}
     return {
-        name: value.detach().to("cpu", torch.float64).norm().reshape(1)
+        name: numbers(f"gradients[{name!r}]", value).norm().reshape(1)
         if isinstance(value, Tensor)
         else numbers(f"gradients[{name!r}]", value)
         for name, value in gradients.items()
