@@ -6,9 +6,12 @@ import contextvars
 import functools
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
 
 from .checks import check_choice
 from .problem import Problem
@@ -108,8 +111,8 @@ class Choice(NamedTuple):
 
 def unavailable(backend: str) -> list[str]:
     """Why a backend can serve nothing on this machine, as far as is known without a build."""
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return ["Triton is not installed (pip install triton; there are builds for Linux)"]
+    if backend == "triton":
+        return _without_triton()
     if backend == "cpu":
         from . import native
 
@@ -118,6 +121,14 @@ def unavailable(backend: str) -> list[str]:
         from . import cuda_library
 
         return cuda_library.refusals()
+    return []
+
+
+def _without_triton() -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["Triton is not installed (pip install triton; there are builds for Linux)"]
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return ["Triton is installed, but its kernels need a GPU, and none is visible"]
     return []
 
 

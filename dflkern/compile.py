@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -87,9 +89,9 @@ def main(arguments: argparse.Namespace) -> int:
     wanted = list(variants(arguments, archs))
     arguments.out.mkdir(parents=True, exist_ok=True)
     kernels, failures = [], []
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, context, _prepare) as pool:
-        jobs = {pool.submit(compile_variant, each, arguments.out): each for each in wanted}
+    with _workers(arguments.jobs) as pool:
+        with _interrupts_held():
+            jobs = {pool.submit(compile_variant, each, arguments.out): each for each in wanted}
         for done, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
             name = jobs[job].name
             try:
@@ -166,6 +168,33 @@ def compile_variant(variant: Variant, out: Path) -> dict[str, Any]:
             "widest_load": found.widest_load,
         }
     return entry
+
+
+@contextlib.contextmanager
+def _workers(count: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """Processes that end at once when the block ends with an exception, such as Ctrl-C."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(count, context, _prepare) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started in the block never see Ctrl-C, which this process answers for them."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    else:
+        yield
 
 
 def _prepare() -> None:

@@ -105,6 +105,7 @@ def measure_apart(request: Request, settings: dict[str, str]) -> dict[str, Any]:
             [sys.executable, "-m", f"{__package__}.worker", str(asked), str(answer)],
             env=environment,
             stdout=subprocess.DEVNULL,  # other libraries' greetings
+            start_new_session=True,  # Ctrl-C ends it from here, without a traceback of its own
             check=False,
         )
         if done.returncode:
