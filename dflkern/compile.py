@@ -96,10 +96,11 @@ def main(arguments: argparse.Namespace) -> int:
             name = jobs[job].name
             try:
                 kernels.append(job.result())
-                print(f"{done}/{len(wanted)} {name}", flush=True)
             except Exception as error:  # a compiler's, of any kind: the others go on
                 failures.append(name)
                 print(f"{done}/{len(wanted)} {name}: {error}", file=sys.stderr, flush=True)
+            else:
+                print(f"{done}/{len(wanted)} {name}", flush=True)
     kernels.sort(key=lambda kernel: str(kernel["name"]))
     path = arguments.out / "manifest.json"
     path.write_text(json.dumps({"kernels": kernels}, indent=1) + "\n", encoding="utf-8")

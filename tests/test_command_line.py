@@ -1,9 +1,16 @@
 """`python -m dflkern`, and what importing the package does."""
 
 import ast
+import contextlib
+import errno
+import importlib.util
 import inspect
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 import typing
 from pathlib import Path
 
@@ -11,7 +18,7 @@ import pytest
 
 import dflkern
 from dflkern import cuda_library
-from dflkern.__main__ import main
+from dflkern.__main__ import COMMANDS, main
 
 PACKAGE = Path(dflkern.__file__).parent
 
@@ -91,3 +98,162 @@ def test_imports_point_one_way():
 def test_no_file_names_a_machine():
     for path in PACKAGE.rglob("*.py"):
         assert "/work/" not in path.read_text(), path
+
+
+# --- what any subcommand may meet ---------------------------------------------------------------
+
+
+def command(*arguments, **options):
+    """Start `python -m dflkern` in a process group of its own, as a shell does."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    for name in ("TRITON_INTERPRET", "PYTHONUNBUFFERED"):  # argparse ignores a failed write
+        environment.pop(name, None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "dflkern", *arguments],
+        env=environment, start_new_session=True, text=True, **options,
+    )  # fmt: skip
+
+
+ARGUMENTS = {
+    "info": (), "bench": ("--quick",), "build": (), "doctor": ("--demo",), "demo": (),
+    "compile": ("--out", "nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
+        (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, "/out: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the output: No space left"),
+    ],
+)
+def test_what_every_subcommand_answers_alike(name, error, code, words, monkeypatch, capsys):
+    def fail(arguments):
+        raise error
+
+    module = importlib.import_module(COMMANDS[name][0], "dflkern")
+    monkeypatch.setattr(module, "main", fail)
+    code = 3 if (name, code) == ("doctor", 2) else code
+    with capsys.disabled():  # its stdout may be closed on the way
+        kept = os.dup(1)
+    try:
+        assert main([name, *ARGUMENTS[name]]) == code
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == (1 if words else 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["info"],
+        ["doctor", "--demo", "--picture", "/dev/null/x"],
+        ["demo", "--epochs", "1"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_reader_that_has_gone(arguments, tmp_path):
+    """As `python -m dflkern … | head -0`: no traceback, and the shells' code for it."""
+    if arguments[0] == "demo":
+        pytest.importorskip("rich", reason="the demo needs rich, which is not installed")
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = command(*arguments, stdout=writer, cwd=tmp_path)
+    os.close(writer)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 141, err
+    assert re.fullmatch(r"(dflkern: building its CPU kernels .*\n)?", err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["doctor", "--demo"]])
+def test_output_to_a_full_disk(arguments, tmp_path):
+    with open("/dev/full", "w") as full:
+        process = command(*arguments, stdout=full, cwd=tmp_path)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == (3 if arguments[0] == "doctor" else 2)
+    assert err == "dflkern: the output: No space left on device.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "begun"),
+    [
+        (["compile", "--arch", "80", "--out", ".", "--jobs", "2"], r"1/\d+ "),
+        (["demo", "--out", "."], r"epochs of "),
+        (["bench", "--quick", "--out", "."], r"\[1/"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_ctrl_c_ends_all_processes_without_a_traceback(arguments, begun, tmp_path):
+    for module in {"compile": ["triton"], "demo": ["rich", "torchmetrics"], "bench": ["rich"]}[
+        arguments[0]
+    ]:
+        pytest.importorskip(module, reason=f"needs {module}, which is not installed")
+    process = command(*arguments, stderr=subprocess.STDOUT, cwd=tmp_path)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(begun, line):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, lines
+    assert rest.endswith("interrupted\n")
+    assert "Traceback" not in "".join(lines) + rest
+    for _ in range(100):  # workers that have been told to end
+        if not (left := processes_in(tmp_path)):
+            break
+        time.sleep(0.1)
+    assert not left
+
+
+def processes_in(folder):
+    """Processes that run in a folder, by way of /proc, which only Linux has."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if link.resolve() == folder.resolve():
+                found.append(link)
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["demo", "--epochs", "1"], ["compile", "--arch", "80"], ["build"]],
+    ids=lambda arguments: arguments[0],
+)
+@pytest.mark.parametrize("below", [False, True])
+def test_a_place_that_cannot_be_written(arguments, below, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "x" if below else tmp_path / "file"
+    process = command(*arguments, "--out", str(out), cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (1, 2)
+    assert str(out) in err
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+
+
+def test_info_calls_triton_available_only_where_a_gpu_is_visible(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for visible in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda visible=visible: visible)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+        main(["info"])
+        line = next(
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("  triton")
+        )
+        if importlib.util.find_spec("triton") is None:
+            assert "Triton is not installed" in line
+        elif visible:
+            assert line.endswith(": available")
+        else:
+            assert "not available: Triton is installed, but its kernels need a GPU" in line

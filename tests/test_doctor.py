@@ -63,13 +63,14 @@ def test_precision_and_recall_of_every_code(reports, capsys):
         hits.update(wanted & found)
         reported.update(found)
     lines = [f"{'code':20} {'cases':>6} {'recall':>7} {'precision':>10}"]
-    for code in CODES:
+    codes = [code for code in CODES if code != "no-targets"]  # only a watch has it
+    for code in codes:
         recall, precision = hits[code] / seeded[code], hits[code] / max(reported[code], 1)
         lines.append(f"{code:20} {seeded[code]:6} {recall:7.2f} {precision:10.2f}")
     with capsys.disabled():
         print("\n" + "\n".join(lines))
     assert len(reports) > 200
-    for code in CODES:
+    for code in codes:
         assert seeded[code] >= 5, code
         assert hits[code] == seeded[code], f"{code} was missed"
         assert hits[code] >= 0.95 * reported[code], f"{code} was a false alarm"

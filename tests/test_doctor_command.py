@@ -158,10 +158,10 @@ def test_files_cannot_run_code(tmp_path, capsys):
     ("name", "data", "words"),
     [
         ("none.pt", None, "There is no file"),
-        ("x.csv", b"1,2", "ends in .csv; .pt, .pth, .npz, .safetensors are read"),
+        ("x.jpg", b"1,2", "ends in .jpg; .pt, .pth, .npz, .safetensors are read"),
         ("x.pt", b"rubbish", "damaged"),
         ("x.npz", b"rubbish", "damaged"),
-        ("x.safetensors", b"", "damaged"),
+        ("x.safetensors", b"", "is empty"),
         ("x.safetensors", struct.pack("<Q", 1 << 60) + b"{}", "damaged"),
         ("x.safetensors", struct.pack("<Q", 2) + b"[]", "damaged"),
         (

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..console import open_console
 from .box_steps import TENSOR_BYTES, ULTRALYTICS
 from .cases import BYTE_MODEL, PASSES
 from .contenders import COMPILED, OURS
@@ -41,9 +41,7 @@ OPS = {"decode": "dfl_decode", "loss": "dfl_loss", "loss_and_decode": "dfl_loss_
 
 def show(results: dict[str, Any]) -> None:
     """Print everything."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a file or a pipe has no width to fit
+    console = open_console(140)
     machine, versions = results["machine"], results["versions"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['capability']}"
     console.print(

@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import decode_boxes, dfl_loss, explain, use_backend
+from ..console import open_console
 from .config import Config
 from .model import anchors
 from .pictures import draw_curves, draw_detections
 from .report import metrics, table, write_json, write_predictions
 from .train import Run, Step, train
+
+WIDTH = 110  # of lines in a file or a pipe
 
 
 def choose_device(name: str | None) -> str:
@@ -59,7 +62,7 @@ def run(config: Config, out: Path, began: float) -> int:
         out: the folder to write into.
         began: when the command was started, in time.perf_counter's seconds.
     """
-    console = open_console()
+    console = open_console(WIDTH)
     out.mkdir(parents=True, exist_ok=True)  # before the training, which a full disk should not cost
     _introduce(console, config)
     result = train_with_progress(console, config)
@@ -99,12 +102,6 @@ def _introduce(console: Console, config: Config) -> None:
             f"so it runs on {config.decode_backend}"
         )
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def open_console() -> Console:
-    """Where the demo prints: a file or a pipe has no width to fit."""
-    console = Console()
-    return console if console.is_terminal else Console(width=110)
 
 
 def train_with_progress(console: Console, config: Config, *, watched: bool = False) -> Run:

@@ -18,7 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from .command import open_console, train_with_progress
+from ..console import open_console
+from .command import WIDTH, train_with_progress
 from .config import Config
 from .mistakes import ALL, LOSS_CLAMP, broken
 from .pictures import at_steps, limit, smoothed
@@ -61,7 +62,7 @@ def run(config: Config, names: Sequence[str], out: Path) -> int:
         0 if the doctor finds nothing above a note in the corrected run and names each mistake
         first, else 1.
     """
-    console = open_console()
+    console = open_console(WIDTH)
     out.mkdir(parents=True, exist_ok=True)
     runs = {}
     for name in (CORRECTED, *dict.fromkeys(names)):

@@ -152,7 +152,6 @@ def _positions(project: Project, margin: float) -> Tensor | None:
     if project is None:
         return None
     positions = numbers("project", project)
-    _check_bins(len(positions), None, needed=True)
     check_positions("examine", positions.tolist(), margin)
     return positions
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..checks import LOGITS_DTYPES
+from ..checks import FLOAT_DTYPES
 
 Numbers: TypeAlias = Sequence[float] | Tensor  # losses or norms over the steps
 # Kinds of tensors without plain values: their name, how to tell, and what to pass instead.
@@ -41,7 +41,7 @@ def tensor(name: str, value: object) -> Tensor:
             )
     value = value.detach().cpu()
     try:
-        return value if value.dtype in LOGITS_DTYPES else value.float()
+        return value if value.dtype in FLOAT_DTYPES else value.float()
     except RuntimeError as error:  # dtypes that only store bits
         raise TypeError(
             f"examine: {name} has dtype {value.dtype}, which PyTorch cannot convert to float. "
