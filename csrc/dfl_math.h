@@ -145,8 +145,8 @@ struct Constants<double> {
 };
 
 // exp(x) for x <= 0 or NaN. exp(0) is 1 and exp(-inf) is 0, exactly; results below the smallest
-// normal number may be 0. Errors, which driver.cpp tests: float 2.5 ulp down to exp(-16), which is
-// what counts beside exp(0) = 1, and 5 ulp below; double 1 ulp.
+// normal number may be 0. Errors, which tests/cpu/driver.cpp tests: float 2.5 ulp down to exp(-16),
+// which is what counts beside exp(0) = 1, and 5 ulp below; double 1 ulp.
 template <class V>
 DFL_INLINE V exp_nonpositive(V x) {
   using C = Constants<Element<V>>;

@@ -21,7 +21,7 @@ DFL_INLINE V smaller(V a, V b) {
   return a < b ? a : b;
 }
 
-// atan(x) in float, to 2.5 ulp, which driver.cpp tests.
+// atan(x) in float, to 2.5 ulp, which tests/cpu/box_driver.cpp tests.
 template <class V>
 DFL_INLINE V float_arctangent(V x) {
   constexpr uint32_t kSign = 0x80000000;
