@@ -88,12 +88,15 @@ def box_loss(make: Maker) -> Case:
         summed, np.float64(make.arithmetic(n)), counted, positions, spec.margin, spec.iou,
         [exact(g) for g in upstream], make.precision, make.arithmetic,
     )  # fmt: skip
-    dfl, gradient = found.dfl, found.gradient
+    iou, dfl, gradient = found
+    if spec.project == "unsorted" and spec.backend == "reference":
+        # It computes all anchors, and multiplies those that do not count by 0
+        iou, dfl = iou.unknown_where(True), dfl.unknown_where(True)
     if spec.project == "unsorted" and active.any():  # then there are no two bins of a target
         dfl, gradient = dfl.unknown_where(True), gradient.unknown_where(active[:, :, None, None])
     if not rows:
         gradient = gradient.transpose(0, 2, 3, 1)
-    return Case(spec.op, arguments, ("logits", logits), [found.iou, dfl], upstream, gradient)
+    return Case(spec.op, arguments, ("logits", logits), [iou, dfl], upstream, gradient)
 
 
 def _target_boxes(make: Maker) -> Tensor:

@@ -64,7 +64,7 @@ def _check(spec: Spec, case: Case, product: Any) -> list[str]:
     faults = []
     for i, (actual, expected) in enumerate(zip(results, case.results, strict=True)):
         faults += _compare(f"result {i}", actual, expected)
-        if case.ordered and not _in_order(actual):
+        if case.ordered and not _in_order(actual, spec):
             faults.append(
                 f"result {i} of shape {tuple(actual.shape)} has strides {actual.stride()}"
             )
@@ -114,8 +114,11 @@ def _repeat(
     return [] if same else [f"a second call ({spec.repeat}) gives other bits"]
 
 
-def _in_order(result: Tensor) -> bool:
+def _in_order(result: Tensor, spec: Spec) -> bool:
     """Whether the strides are those of a new tensor, but along axes of size 1."""
+    by_pytorch = spec.backend == "reference" or spec.weight or spec.reduction != "none"
+    if by_pytorch and result.numel() == 0:
+        return True  # PyTorch's own operations choose any strides for no elements
     pairs = zip(result.shape, result.stride(), torch.empty(result.shape).stride(), strict=True)
     return all(size == 1 or stride == wanted for size, stride, wanted in pairs)
 
