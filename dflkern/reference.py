@@ -103,7 +103,9 @@ def decode_boxes(
     boxes = dist2bbox(distances, anchor_points.to(distances.dtype), box_format=box_format)
     if stride is not None:
         boxes = boxes * column(stride).to(boxes.dtype)
-    return boxes if dim == 3 else boxes.transpose(1, 2).contiguous()
+    if dim == 3:
+        return boxes
+    return boxes.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def decode_boxes_backward(
@@ -152,8 +154,8 @@ def box_loss(
     overlap = paired_box_iou(step.boxes, step.target_boxes, iou)
     loss = _sides_last(dfl_loss(step.logits, step.target, project, dim, margin), dim).mean(-1)
     return (
-        total(step.weight * (1 - overlap)) / step.normalizer,
-        total(step.weight * loss) / step.normalizer,
+        total(_weighted(step.weight, 1 - overlap)) / step.normalizer,
+        total(_weighted(step.weight, loss)) / step.normalizer,
     )
 
 

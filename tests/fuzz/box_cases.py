@@ -89,9 +89,6 @@ def box_loss(make: Maker) -> Case:
         [exact(g) for g in upstream], make.precision, make.arithmetic,
     )  # fmt: skip
     iou, dfl, gradient = found
-    if spec.project == "unsorted" and spec.backend == "reference":
-        # It computes all anchors, and multiplies those that do not count by 0
-        iou, dfl = iou.unknown_where(True), dfl.unknown_where(True)
     if spec.project == "unsorted" and active.any():  # then there are no two bins of a target
         dfl, gradient = dfl.unknown_where(True), gradient.unknown_where(active[:, :, None, None])
     if not rows:
