@@ -6,10 +6,8 @@ device. Each sentence says what was given, what is accepted, and the way out.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from array import array
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, TypeAlias
@@ -233,7 +231,7 @@ def check_positions(
             f"{op}: margin={margin} is not below the width of project, {values[-1] - values[0]}; "
             "no target would be left. The margin is in the units of project."
         )
-    if dtype != torch.float64 and not _distinct_in_fp32(tuple(values)):
+    if dtype != torch.float64 and not _distinct_in_fp32(values):
         raise ValueError(
             f"{op}: positions of project are equal or infinite in float32, in which the call is "
             "computed. Shift or scale them, or pass fp64 logits."
@@ -241,10 +239,12 @@ def check_positions(
     return values
 
 
-@functools.lru_cache(maxsize=256)
-def _distinct_in_fp32(values: tuple[float, ...]) -> bool:
-    single = array("f", (-math.inf, *values, math.inf))
-    return all(a < b for a, b in itertools.pairwise(single))
+def _distinct_in_fp32(values: Sequence[float]) -> bool:
+    """Whether rounding to fp32 keeps them apart: by a unit in the last place of the larger."""
+    largest = max(abs(values[0]), abs(values[-1]))
+    return largest <= torch.finfo(torch.float32).max and all(
+        b - a >= max(abs(a), abs(b)) * 2**-23 for a, b in itertools.pairwise(values)
+    )
 
 
 def check_choice(op: str, name: str, value: object, accepted: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import dflkern
 import emulation
 from dflkern import cuda_library, eager, native
 
+# A job that a shell runs in the background ignores Ctrl-C, and so would the processes of tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 
 import dflkern
 from dflkern.bench import box_steps, goals, report
@@ -65,7 +66,7 @@ def test_boxes_against_the_peer(capsys):
     assert asked["kernels"]["met"]
     assert asked["kernels"]["measured"] == data["rows-2x189"]["kernels"][OURS]
     assert asked[""]["measured"] == data["rows-2x189"]["ratio"]
-    report.Console(width=200).print(*report._study("boxes", studies["boxes"]))
+    Console(width=200).print(*report._study("boxes", studies["boxes"]))
     assert "rows-2x189" in capsys.readouterr().out
 
 

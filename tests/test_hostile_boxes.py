@@ -99,7 +99,5 @@ def test_background_does_not_matter_whatever_the_project(backend, device):
     """Equal positions have no two bins of a target, so every loss but 0 would be NaN."""
     logits, points, boxes, weight, foreground = problem(-1, torch.float32, device)
     positions = torch.zeros(8, device=device)
-    losses = run(
-        logits, points, boxes, weight, torch.zeros_like(foreground), -1, project=positions
-    )
+    losses = run(logits, points, boxes, weight, torch.zeros_like(foreground), -1, project=positions)
     assert not any(value.any() for value in losses)
