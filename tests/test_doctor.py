@@ -11,7 +11,8 @@ import dflkern
 from dflkern import doctor
 from dflkern.doctor import Severity
 from dflkern.doctor.findings import CODES, EXPLAINS, Finding, arrange
-from doctor_cases import FAULTS, FLOORLESS, HEADS, IMPOSSIBLE, healthy
+from doctor_cases import FAULTS, FLOORLESS, IMPOSSIBLE
+from doctor_healthy import HEADS, healthy
 
 CASES = [
     (head, fault)

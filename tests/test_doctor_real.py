@@ -11,7 +11,8 @@ import torch
 
 import dflkern
 from dflkern import doctor
-from doctor_cases import FAULTS, Head
+from doctor_cases import FAULTS
+from doctor_healthy import Head
 
 STRIDES = (8, 16, 32)
 
