@@ -111,7 +111,7 @@ def test_only_what_is_compiled_is_part_of_the_key(copied_sources):
         keys.add(compiler.key())
         assert (len(keys) > before) == (path in product), path
     assert len(keys) == 1 + len(product)
-    assert copied_sources / "driver.cpp" not in product
+    assert copied_sources / "boxes.cu" not in product
 
 
 def test_another_cpu_or_other_flags_are_another_build(monkeypatch):
