@@ -2,6 +2,7 @@
 // does, for logits (B, A, 4, K) with dim = 3 or (B, 4, K, A) with dim = 2, of any strides.
 
 #include <functional>
+#include <string>
 #include <tuple>
 
 #include "boxes.h"
@@ -49,8 +50,24 @@ const void* data_of(const MaybeTensor& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
+// Whether boxes are centre and size, and not corners.
+bool is_centred(const std::string& box_format) {
+  STD_TORCH_CHECK(box_format == "xyxy" || box_format == "xywh", "dflkern: there is no box format ",
+                  box_format);
+  return box_format == "xywh";
+}
+
+Iou iou_of(const std::string& name) {
+  if (name == "iou") return Iou::kIou;
+  if (name == "giou") return Iou::kGiou;
+  if (name == "diou") return Iou::kDiou;
+  STD_TORCH_CHECK(name == "ciou", "dflkern: there is no IoU of kind ", name);
+  return Iou::kCiou;
+}
+
 Tensor decode_boxes(Tensor logits, Tensor anchor_points, MaybeTensor stride, MaybeTensor project,
-                    int64_t dim, bool xywh) {
+                    int64_t dim, std::string box_format) {
+  const bool xywh = is_centred(box_format);
   const BoxLayout layout = layout_of(logits, dim);
   OutputShape shape;
   Call call = describe(logits, dim, 0, shape);
@@ -78,7 +95,8 @@ Tensor decode_boxes(Tensor logits, Tensor anchor_points, MaybeTensor stride, May
 }
 
 Tensor decode_boxes_backward(Tensor grad_boxes, Tensor logits, MaybeTensor stride,
-                             MaybeTensor project, int64_t dim, bool xywh) {
+                             MaybeTensor project, int64_t dim, std::string box_format) {
+  const bool xywh = is_centred(box_format);
   const BoxLayout layout = layout_of(logits, dim);
   OutputShape shape;
   Call call = describe(logits, dim, 0, shape);
@@ -115,7 +133,7 @@ BoxStrides strides_of(const Tensor& tensor, int64_t dim) {
 }
 
 void set_logits(OwnedBoxLoss& of, const Tensor& logits, const Tensor& anchor_points,
-                MaybeTensor& project, int64_t dim, double margin, int64_t iou) {
+                MaybeTensor& project, int64_t dim, double margin, const std::string& iou) {
   const BoxLayout layout = layout_of(logits, dim);
   OutputShape shape;
   BoxLoss& loss = of.loss;
@@ -126,9 +144,7 @@ void set_logits(OwnedBoxLoss& of, const Tensor& logits, const Tensor& anchor_poi
   loss.logits = strides_of(logits, dim);
   of.points = numbers("anchor_points", anchor_points, 2 * layout.anchors, loss.call);
   loss.points = of.points.const_data_ptr();
-  STD_TORCH_CHECK(0 <= iou && iou <= static_cast<int64_t>(Iou::kCiou),
-                  "dflkern: there is no IoU of kind ", iou);
-  loss.iou = static_cast<Iou>(iou);
+  loss.iou = iou_of(iou);
 }
 
 void set_targets(OwnedBoxLoss& of, const Tensor& target_boxes, const Tensor& weight,
@@ -209,7 +225,8 @@ Tensor gradient_of(BoxLoss& loss, const Tensor& grad_iou, const Tensor& grad_dfl
 
 std::tuple<Tensor, Tensor> box_loss(Tensor logits, Tensor anchor_points, Tensor target_boxes,
                                     Tensor weight, Tensor normalizer, MaybeTensor foreground,
-                                    MaybeTensor project, int64_t dim, double margin, int64_t iou) {
+                                    MaybeTensor project, int64_t dim, double margin,
+                                    std::string iou) {
   OwnedBoxLoss of;
   set_logits(of, logits, anchor_points, project, dim, margin, iou);
   set_targets(of, target_boxes, weight, foreground);
@@ -219,7 +236,7 @@ std::tuple<Tensor, Tensor> box_loss(Tensor logits, Tensor anchor_points, Tensor 
 // Also returns the candidates, and what is kept of them, for the backward below.
 std::tuple<Tensor, Tensor, Tensor, Tensor> box_loss_keep(
     Tensor logits, Tensor anchor_points, Tensor target_boxes, Tensor weight, Tensor normalizer,
-    MaybeTensor foreground, MaybeTensor project, int64_t dim, double margin, int64_t iou) {
+    MaybeTensor foreground, MaybeTensor project, int64_t dim, double margin, std::string iou) {
   OwnedBoxLoss of;
   set_logits(of, logits, anchor_points, project, dim, margin, iou);
   set_targets(of, target_boxes, weight, foreground);
@@ -236,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> box_loss_keep(
 Tensor box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, Tensor anchor_points,
                          Tensor target_boxes, Tensor weight, Tensor normalizer,
                          MaybeTensor foreground, MaybeTensor project, int64_t dim, double margin,
-                         int64_t iou) {
+                         std::string iou) {
   OwnedBoxLoss of;
   set_logits(of, logits, anchor_points, project, dim, margin, iou);
   set_targets(of, target_boxes, weight, foreground);
@@ -246,7 +263,7 @@ Tensor box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, Tensor
 Tensor box_loss_backward_kept(Tensor grad_iou, Tensor grad_dfl, Tensor logits,
                               Tensor anchor_points, Tensor candidates, Tensor kept,
                               Tensor normalizer, MaybeTensor project, int64_t dim, double margin,
-                              int64_t iou) {
+                              std::string iou) {
   OwnedBoxLoss of;
   set_logits(of, logits, anchor_points, project, dim, margin, iou);
   const int64_t count = candidates.numel();
@@ -272,26 +289,26 @@ Tensor box_loss_backward_kept(Tensor grad_iou, Tensor grad_dfl, Tensor logits,
 STABLE_TORCH_LIBRARY_FRAGMENT(dflkern, m) {
   m.def(
       "_cpu_decode_boxes(Tensor logits, Tensor anchor_points, Tensor? stride, Tensor? project, "
-      "int dim, bool xywh) -> Tensor");
+      "int dim, str box_format) -> Tensor");
   m.def(
       "_cpu_decode_boxes_backward(Tensor grad_boxes, Tensor logits, Tensor? stride, "
-      "Tensor? project, int dim, bool xywh) -> Tensor");
+      "Tensor? project, int dim, str box_format) -> Tensor");
   m.def(
       "_cpu_box_loss(Tensor logits, Tensor anchor_points, Tensor target_boxes, Tensor weight, "
-      "Tensor normalizer, Tensor? foreground, Tensor? project, int dim, float margin, int iou) "
+      "Tensor normalizer, Tensor? foreground, Tensor? project, int dim, float margin, str iou) "
       "-> (Tensor, Tensor)");
   m.def(
       "_cpu_box_loss_keep(Tensor logits, Tensor anchor_points, Tensor target_boxes, "
       "Tensor weight, Tensor normalizer, Tensor? foreground, Tensor? project, int dim, "
-      "float margin, int iou) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float margin, str iou) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_cpu_box_loss_backward_kept(Tensor grad_iou, Tensor grad_dfl, Tensor logits, "
       "Tensor anchor_points, Tensor candidates, Tensor kept, Tensor normalizer, "
-      "Tensor? project, int dim, float margin, int iou) -> Tensor");
+      "Tensor? project, int dim, float margin, str iou) -> Tensor");
   m.def(
       "_cpu_box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, "
       "Tensor anchor_points, Tensor target_boxes, Tensor weight, Tensor normalizer, "
-      "Tensor? foreground, Tensor? project, int dim, float margin, int iou) -> Tensor");
+      "Tensor? foreground, Tensor? project, int dim, float margin, str iou) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflkern, CPU, m) {

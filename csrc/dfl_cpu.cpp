@@ -1,6 +1,7 @@
 // The CPU operators on single distributions, without Python: _cpu_<name> computes what the function
 // <name> of dflkern/reference.py does, for logits of any strides.
 
+#include <string>
 #include <tuple>
 
 #include "tensors.h"
@@ -32,6 +33,13 @@ void set_mean(Call& call, int64_t dim, OutputShape& output) {
   call.mean = true;
   --output.dims;
   for (int64_t o = 0; o < output.dims; ++o) output.strides[o] /= kSides;
+}
+
+// Whether dfl_loss takes the mean over the sides; other reductions are left to PyTorch.
+bool takes_mean(const std::string& reduction) {
+  STD_TORCH_CHECK(reduction == "none" || reduction == "side_mean",
+                  "dflkern: the CPU kernels have no reduction ", reduction);
+  return reduction == "side_mean";
 }
 
 struct Results {
@@ -84,8 +92,8 @@ Tensor run_backward(MaybeTensor grad_loss, MaybeTensor grad_position, Tensor log
 }
 
 Tensor dfl_loss(Tensor logits, Tensor target, MaybeTensor project, int64_t dim, double margin,
-                bool mean) {
-  return run_forward(logits, target, project, dim, margin, false, mean).loss;
+                std::string reduction) {
+  return run_forward(logits, target, project, dim, margin, false, takes_mean(reduction)).loss;
 }
 Tensor dfl_decode(Tensor logits, MaybeTensor project, int64_t dim) {
   return run_forward(logits, {}, project, dim, 0, true).position;
@@ -96,8 +104,8 @@ std::tuple<Tensor, Tensor> dfl_loss_and_decode(Tensor logits, Tensor target, May
   return {results.loss, results.position};
 }
 Tensor dfl_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, MaybeTensor project,
-                         int64_t dim, double margin, bool mean) {
-  return run_backward(grad_loss, {}, logits, target, project, dim, margin, mean);
+                         int64_t dim, double margin, std::string reduction) {
+  return run_backward(grad_loss, {}, logits, target, project, dim, margin, takes_mean(reduction));
 }
 Tensor dfl_decode_backward(Tensor grad_position, Tensor logits, MaybeTensor project, int64_t dim) {
   return run_backward({}, grad_position, logits, {}, project, dim, 0);
@@ -114,14 +122,14 @@ Tensor dfl_loss_and_decode_backward(Tensor grad_loss, Tensor grad_position, Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(dflkern, m) {
   m.def(
       "_cpu_dfl_loss(Tensor logits, Tensor target, Tensor? project, int dim, float margin, "
-      "bool mean=False) -> Tensor");
+      "str reduction=\"none\") -> Tensor");
   m.def("_cpu_dfl_decode(Tensor logits, Tensor? project, int dim) -> Tensor");
   m.def(
       "_cpu_dfl_loss_and_decode(Tensor logits, Tensor target, Tensor? project, int dim, "
       "float margin) -> (Tensor, Tensor)");
   m.def(
       "_cpu_dfl_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? project, "
-      "int dim, float margin, bool mean=False) -> Tensor");
+      "int dim, float margin, str reduction=\"none\") -> Tensor");
   m.def(
       "_cpu_dfl_decode_backward(Tensor grad_position, Tensor logits, Tensor? project, int dim) "
       "-> Tensor");

@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .api import box_loss, decode_boxes, dfl_decode, dfl_loss, dfl_loss_and_decode, explain
-from .backends import use_backend
 from .geometry import bbox2dist, dfl_targets, dist2bbox, make_anchors
 from .iou import paired_box_iou
 from .modules import BoxLoss, DFLDecode, DFLoss
+from .operators.requests import use_backend
 
 if TYPE_CHECKING:
     from . import doctor as doctor

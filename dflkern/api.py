@@ -1,4 +1,4 @@
-"""The public functions: checks, one operator call, reduction."""
+"""The public functions: checks, then one operator call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, backends, eager, eager_boxes, implementations, reductions, reference
-from .checks import Project, check_choice, check_reduction, check_weight
-from .problem import Problem, compute_dtype, describe_tensor
+from .checks import (
+    BOX_FORMATS,
+    IOU_KINDS,
+    Project,
+    check_anchor_points,
+    check_box_logits,
+    check_choice,
+    check_logits,
+    check_mask,
+    check_number,
+    check_other,
+    check_project,
+    check_reduction,
+    check_shape,
+    check_target,
+    check_weight,
+)
+from .operators import backends
+from .operators.run import bind, call
+from .operators.table import (
+    BOX_LOSS,
+    DECODE_BOXES,
+    DFL_DECODE,
+    DFL_LOSS,
+    DFL_LOSS_AND_DECODE,
+    TABLE,
+)
+from .problem import compute_dtype
 
 
 def dfl_loss(
@@ -21,6 +46,7 @@ def dfl_loss(
     margin: float = 0.01,
     weight: Tensor | None = None,
     reduction: str = "none",
+    normalizer: Tensor | float | None = None,
 ) -> Tensor:
     """Distribution Focal Loss: cross entropy of each distribution against two neighbouring bins.
 
@@ -46,29 +72,38 @@ def dfl_loss(
             below 1 without project. 0.01 as in Ultralytics, 0.1 in GFL, 0 in D-FINE.
         weight: factor of each loss; broadcasts to target's shape.
         reduction: "none" gives w·loss, "sum" Σ w·loss, "mean" Σ w·loss / target.numel(), and
-            "sides" the mean of w·loss over the sides, the axis before the bins.
+            "side_mean" the mean of w·loss over the sides, the axis before the bins.
             Sums and means over nothing are exactly 0 and part of the graph.
+        normalizer: divides the sum, with reduction="sum": a float or a 0-dim tensor, used as given;
+            usually the sum of all weights, at least 1.
 
     Returns:
         The loss, in nats, fp64 for fp64 logits, else fp32, whatever autocast says: of target's
-        shape for "none", without its side axis for "sides", else 0-dim. Its gradient flows to the
-        logits only, in their dtype; it can be differentiated again.
+        shape for "none", without its side axis for "side_mean", else 0-dim. Its gradient flows to
+        the logits only, in their dtype; it can be differentiated again.
 
     Raises:
         TypeError: for tensors that are not floating-point.
-        ValueError: for shapes that do not fit, a bad dim, project, margin or reduction, tensors on
-            several devices, or a target, weight or project that requires grad.
+        ValueError: for shapes that do not fit, a bad dim, project, margin or reduction, a
+            normalizer without reduction="sum", tensors on several devices, or a tensor other than
+            the logits that requires grad.
 
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
-    bound = arguments.dfl_loss(logits, target, dim=dim, project=project, margin=margin)
-    sides = bound[4] - 1
-    check_reduction("dfl_loss", reduction, sides, logits)
+    op = "dfl_loss"
+    dim = check_logits(op, logits, dim)
+    check_target(op, target, logits, dim)
+    project, positions = check_project(op, project, margin, logits, logits.shape[dim])
+    check_reduction(op, reduction, dim - 1, logits, normalizer)
     if weight is not None:
-        check_weight("dfl_loss", weight, logits, target.shape)
-    if eager.serves(logits, backends.requested()):
-        return eager.dfl_loss(bound, weight, reduction)
-    return reductions.reduce(_call("dfl_loss", bound), weight, reduction, sides)
+        check_weight(op, weight, logits, target.shape)
+    if normalizer is not None:
+        normalizer = _scalar(op, "normalizer", normalizer, logits)
+    loss: Tensor = call(
+        DFL_LOSS, logits=logits, target=target, weight=weight, normalizer=normalizer,
+        project=project, positions=positions, dim=dim, margin=float(margin), reduction=reduction,
+    )  # fmt: skip
+    return loss
 
 
 def dfl_decode(logits: Tensor, *, dim: int = -1, project: Project = None) -> Tensor:
@@ -91,10 +126,11 @@ def dfl_decode(logits: Tensor, *, dim: int = -1, project: Project = None) -> Ten
 
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
-    bound = arguments.dfl_decode(logits, dim=dim, project=project)
-    if eager.serves(logits, backends.requested()):
-        return eager.dfl_decode(bound)
-    position: Tensor = _call("dfl_decode", bound)
+    dim = check_logits("dfl_decode", logits, dim)
+    project, positions = check_project("dfl_decode", project, 0.0, logits, logits.shape[dim])
+    position: Tensor = call(
+        DFL_DECODE, logits=logits, project=project, positions=positions, dim=dim
+    )
     return position
 
 
@@ -125,11 +161,15 @@ def dfl_loss_and_decode(
 
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
-    bound = arguments.dfl_loss_and_decode(logits, target, dim=dim, project=project, margin=margin)
-    if eager.serves(logits, backends.requested()):
-        return eager.dfl_loss_and_decode(bound)
-    loss, position = _call("dfl_loss_and_decode", bound)
-    return loss, position
+    op = "dfl_loss_and_decode"
+    dim = check_logits(op, logits, dim)
+    check_target(op, target, logits, dim)
+    project, positions = check_project(op, project, margin, logits, logits.shape[dim])
+    both: tuple[Tensor, Tensor] = call(
+        DFL_LOSS_AND_DECODE, logits=logits, target=target, project=project, positions=positions,
+        dim=dim, margin=float(margin),
+    )  # fmt: skip
+    return both
 
 
 def decode_boxes(
@@ -165,12 +205,21 @@ def decode_boxes(
 
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
-    bound = arguments.decode_boxes(
-        logits, anchor_points, stride, dim=dim, project=project, box_format=box_format
-    )
-    if eager.serves(logits, backends.requested()):
-        return eager_boxes.decode_boxes(bound)
-    boxes: Tensor = _call("decode_boxes", bound)
+    op = "decode_boxes"
+    dim = check_box_logits(op, logits, dim)
+    anchors = logits.shape[1 if dim == 3 else 3]
+    check_anchor_points(op, anchor_points, logits, anchors)
+    if isinstance(stride, Tensor):
+        check_other(op, "stride", stride, logits)
+        check_shape(op, "stride", stride, (anchors, 1), (anchors,))
+    elif stride is not None:
+        stride = _filled(op, "stride", stride, (anchors,), logits)
+    check_choice(op, "box_format", box_format, BOX_FORMATS)
+    project, positions = check_project(op, project, 0.0, logits, logits.shape[dim])
+    boxes: Tensor = call(
+        DECODE_BOXES, logits=logits, anchor_points=anchor_points, stride=stride, project=project,
+        positions=positions, dim=dim, box_format=box_format,
+    )  # fmt: skip
     return boxes
 
 
@@ -221,14 +270,26 @@ def box_loss(
 
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
-    bound = arguments.box_loss(
-        logits, anchor_points, target_boxes, weight, normalizer, dim=dim, foreground=foreground,
-        project=project, margin=margin, iou=iou,
+    op = "box_loss"
+    dim = check_box_logits(op, logits, dim)
+    batch, anchors = logits.shape[0], logits.shape[1 if dim == 3 else 3]
+    check_anchor_points(op, anchor_points, logits, anchors)
+    check_other(op, "target_boxes", target_boxes, logits)
+    check_shape(op, "target_boxes", target_boxes, (batch, anchors, 4))
+    check_other(op, "weight", weight, logits)
+    classes = weight.shape[2:] if weight.ndim == 3 else ()
+    check_shape(op, "weight", weight, (batch, anchors, *classes))
+    normalizer = _scalar(op, "normalizer", normalizer, logits)
+    if foreground is not None:
+        check_mask(op, "foreground", foreground, logits, (batch, anchors))
+    check_choice(op, "iou", iou, IOU_KINDS)
+    project, positions = check_project(op, project, margin, logits, logits.shape[dim])
+    losses: tuple[Tensor, Tensor] = call(
+        BOX_LOSS, logits=logits, anchor_points=anchor_points, target_boxes=target_boxes,
+        weight=weight, normalizer=normalizer, foreground=foreground, project=project,
+        positions=positions, dim=dim, margin=float(margin), iou=iou,
     )  # fmt: skip
-    if eager.serves(logits, backends.requested()):
-        return eager_boxes.box_loss(bound)
-    iou_loss, dfl = _call("box_loss", bound)
-    return iou_loss, dfl
+    return losses
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
@@ -246,32 +307,22 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         TypeError: as the function itself.
         ValueError: as the function itself, and for an unknown op.
     """
-    check_choice("explain", "op", op, tuple(arguments.NAMES))
-    bound = dict(zip(arguments.NAMES[op], getattr(arguments, op)(*args, **kwargs), strict=True))
-    project = bound["project"] is not None or bound["positions"] is not None
-    if op in implementations.BOX_TENSORS:
-        settings = [bound[name] for name in ("margin", "iou", "box_format") if name in bound]
-        problem: Problem = implementations.box_problem(
-            op, bound, bound["dim"], settings, project=project
-        )
-    else:
-        margin = bound.get("margin", 0.0)
-        problem = describe_tensor(bound["logits"], bound["dim"], margin=margin, project=project)
-    return backends.report(op, problem, backends.requested())
+    check_choice("explain", "op", op, tuple(TABLE))
+    arguments = bind(globals()[op], *args, **kwargs)
+    return backends.report(TABLE[op], TABLE[op].problem(arguments), backends.requested())
 
 
-def _call(op: str, bound: tuple[Any, ...]) -> Any:
-    if (
-        torch.compiler.is_exporting()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or implementations.transformed()
-    ):
-        # Exporters, and the runtimes that match patterns in what they write, see plain PyTorch;
-        # torch.func and forward-mode AD differentiate it.
-        named = dict(zip(arguments.NAMES[op], bound, strict=True))
-        logits = named["logits"]
-        named["project"] = implementations.resolve_project(
-            named["project"], named.pop("positions"), compute_dtype(logits.dtype), logits.device
-        )
-        return getattr(reference, op)(**named)
-    return getattr(torch.ops.dflkern, op)(*bound, backends.requested())
+def _scalar(op: str, name: str, value: Tensor | float, logits: Tensor) -> Tensor:
+    """A 0-dim tensor, or a number as one."""
+    if not isinstance(value, Tensor):
+        return _filled(op, name, value, (), logits)
+    check_other(op, name, value, logits)
+    check_shape(op, name, value, ())
+    return value
+
+
+def _filled(op: str, name: str, value: float, shape: tuple[int, ...], logits: Tensor) -> Tensor:
+    """A number as a tensor: by a fill, where torch.tensor would be a copy from the host."""
+    dtype = compute_dtype(logits.dtype)
+    check_number(op, name, value, dtype)
+    return torch.full(shape, value, dtype=dtype, device=logits.device)

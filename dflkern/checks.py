@@ -19,7 +19,7 @@ Project: TypeAlias = Sequence[float] | Tensor | None
 
 MIN_BINS, MAX_BINS = 2, 256
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REDUCTIONS = ("none", "mean", "sum", "sides")
+REDUCTIONS = ("none", "sum", "mean", "side_mean")
 BOX_FORMATS = ("xyxy", "xywh")
 IOU_KINDS = ("iou", "giou", "diou", "ciou")
 
@@ -156,14 +156,21 @@ def check_weight(op: str, weight: Tensor, logits: Tensor, shape: torch.Size) -> 
         )
 
 
-def check_reduction(op: str, reduction: str, sides: int, logits: Tensor) -> None:
-    """A word out of a few; "sides" needs an axis of that."""
+def check_reduction(
+    op: str, reduction: str, sides: int, logits: Tensor, normalizer: object = None
+) -> None:
+    """One of REDUCTIONS; "side_mean" needs an axis of sides, and a normalizer needs "sum"."""
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    if reduction == "sides" and sides < 0:
+    if reduction == "side_mean" and sides < 0:
         raise ValueError(
-            f'{op}: reduction="sides" is a mean over the axis before the bins, and logits of shape '
-            f"{tuple(logits.shape)} have none there. Pass logits of shape (N, 4, num_bins), or "
-            'reduction="mean".'
+            f'{op}: reduction="side_mean" is a mean over the axis before the bins, and logits of '
+            f"shape {tuple(logits.shape)} have none there. Pass logits of shape (N, 4, num_bins), "
+            'or reduction="mean".'
+        )
+    if normalizer is not None and reduction != "sum":
+        raise ValueError(
+            f'{op}: normalizer divides a sum and is given with reduction="{reduction}". Pass '
+            'reduction="sum" with it, or leave it out.'
         )
 
 
@@ -294,6 +301,18 @@ def check_shape(op: str, name: str, value: Tensor, *shapes: tuple[int, ...]) -> 
             + " or ".join(str(shape) for shape in shapes)
             + " is needed."
         )
+
+
+def check_mask(op: str, name: str, value: object, logits: Tensor, shape: tuple[int, ...]) -> None:
+    """A tensor of bool, of that shape."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        given = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(
+            f"{op}: {name} is {given}; a bool tensor of shape {shape} is needed. Convert it with "
+            f"{name}.bool()."
+        )
+    check_device(op, name, value, logits)
+    check_shape(op, name, value, shape)
 
 
 def check_boxes(op: str, name: str, value: Any) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends
+from . import __version__
+from .operators import backends
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

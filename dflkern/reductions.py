@@ -14,15 +14,21 @@ from .problem import savable
 _ONE_THREAD = 4096  # values of one stage of a sum; PyTorch takes several threads beyond 32 768
 
 
-def reduce(loss: Tensor, weight: Tensor | None, reduction: str, sides: int) -> Tensor:
+def reduce(
+    loss: Tensor, weight: Tensor | None, normalizer: Tensor | None, reduction: str, sides: int
+) -> Tensor:
     """What `dfl_loss` returns for a loss of each distribution; sides is the axis of the sides."""
     if weight is not None:
         loss = loss * savable(weight).to(loss.dtype)
-    if reduction == "sides":
-        return loss.sum(sides) / max(loss.shape[sides], 1)
     if reduction == "none":
         return loss
-    return total(loss) / max(loss.numel(), 1) if reduction == "mean" else total(loss)
+    if reduction == "side_mean":
+        return loss.sum(sides) / max(loss.shape[sides], 1)
+    if reduction == "mean":
+        return total(loss) / max(loss.numel(), 1)
+    if normalizer is None or not loss.numel():  # a sum over nothing is 0, whatever divides it
+        return total(loss)
+    return total(loss) / savable(normalizer).to(loss.dtype)
 
 
 def total(values: Tensor) -> Tensor:
@@ -39,13 +45,20 @@ def total(values: Tensor) -> Tensor:
 
 
 def upstream(
-    grad: Tensor, weight: Tensor | None, reduction: str, sides: int, shape: Sequence[int]
+    grad: Tensor,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    reduction: str,
+    sides: int,
+    shape: Sequence[int],
 ) -> Tensor:
     """The gradient of the loss of each distribution, of that shape, from that of `reduce`."""
-    if reduction == "sides":
+    if reduction == "side_mean":
         grad = (grad / max(shape[sides], 1)).unsqueeze(sides)
     elif reduction == "mean":
         grad = grad / max(math.prod(shape), 1)
+    elif normalizer is not None:
+        grad = grad / normalizer.to(grad.dtype)
     if weight is not None:
         grad = grad * weight.to(grad.dtype)
     return grad.expand(shape)

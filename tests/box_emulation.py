@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dflkern import implementations, reference
 from dflkern.kernels import facts, offline, plan, steps
+from dflkern.operators.table import ALL
 from emulation import MARGIN, NAMES, Outcome, buffer_of, mask_of, tensor_of
 from ptxemu import PtxError, run
 from support import budget_faults, positions_for
@@ -67,8 +67,7 @@ def run_box_case(case):
     torch.manual_seed(0)
     logits, dim = logits_of(case)
     inputs = inputs_for(case, logits, dim)
-    settings = [case.box_format] if case.op.startswith("decode") else [MARGIN, case.iou]
-    problem = implementations.box_problem(case.op, inputs, dim, settings, project=case.project)
+    problem = ALL[case.op].problem({**inputs, **settings_of(case, dim)})
     aligned = logits.storage_offset() * logits.itemsize % 16 == 0
     problem = replace(problem, device=torch.device("cuda"), aligned=aligned)
     faults, machine, code = [], None, None
@@ -185,7 +184,7 @@ def _make_special(rows, boxes, weight, foreground):
 def outputs_for(case, problem, logits):
     """Empty results by step and role."""
     wide = wide_of(logits)
-    if case.op.endswith("_backward"):
+    if ALL[case.op].gradient is None:
         return {case.op: {"grad_logits": torch.empty_like(logits)}}
     if case.op == "decode_boxes":
         shape = (problem.batch, problem.anchors, 4)
@@ -235,9 +234,12 @@ def _expected(case, inputs, dim, double):
         return value.double() if value is not None and value.is_floating_point() else value
 
     values = {role: exact(value) if double else value for role, value in inputs.items()}
-    tensors = [values[role] for role in implementations.BOX_TENSORS[case.op]]
-    settings = [case.box_format] if case.op.startswith("decode") else [MARGIN, case.iou]
-    result = getattr(reference, case.op)(*tensors, values["project"], dim, *settings)
-    if case.op == "box_loss":
-        return dict(zip(("iou_loss", "dfl_loss"), result, strict=True))
-    return {"boxes" if case.op == "decode_boxes" else "grad_logits": result}
+    made = ALL[case.op].evaluate({**values, **settings_of(case, dim)})
+    return dict(
+        zip(ALL[case.op].results, made if isinstance(made, tuple) else (made,), strict=True)
+    )
+
+
+def settings_of(case, dim):
+    """All arguments that are no tensors."""
+    return {"dim": dim, "margin": MARGIN, "box_format": case.box_format, "iou": case.iou}

@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
 
 import dflkern
 import emulation
-from dflkern import cuda_library, eager, native
+from dflkern import cuda_library, native
+from dflkern.operators import modes
 
 # A job that a shell runs in the background ignores Ctrl-C, and so would the processes of tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,7 +67,7 @@ def _use(monkeypatch, name, device, way="eager"):
         pytest.skip(f"no CPU library: {native.describe()}")
     if name == "cuda" and not cuda_library.load():
         pytest.skip(f"no CUDA library: {cuda_library.describe()}")
-    monkeypatch.setattr(eager, "ENABLED", way == "eager")
+    monkeypatch.setattr(modes, "FAST_PATH", way == "eager")
     with dflkern.use_backend(name):
         yield name, device
 

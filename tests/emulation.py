@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from dflkern import reference
 from dflkern.kernels import facts, offline, plan
+from dflkern.operators.table import ALL
 from dflkern.problem import compute_dtype, describe
 from ptxemu import Buffer, PtxError, run
 from support import budget_faults, positions_for
@@ -208,12 +208,11 @@ def _make_special(rows, target):
 
 def outputs_for(case, logits, dim):
     """Empty results by role."""
-    if case.op.endswith("_backward"):
+    if ALL[case.op].gradient is None:
         return {"grad_logits": torch.empty_like(logits)}
     shape = [size for axis, size in enumerate(logits.shape) if axis != dim]
-    roles = {"loss": "loss" in case.op, "position": "decode" in case.op}
     empty = torch.empty(shape, dtype=compute_dtype(logits.dtype))
-    return {role: empty for role, wanted in roles.items() if wanted}
+    return dict.fromkeys(ALL[case.op].results, empty)
 
 
 def emulate(launch, compiled, blocks, inputs, outputs, ahead=0):
@@ -287,21 +286,8 @@ def expected(op, inputs, dim, double):
         role: value.double() if double and value is not None else value
         for role, value in inputs.items()
     }
-    rest = [values["logits"]]
-    if "loss" in op:
-        rest.append(values["target"])
-    rest += [values["project"], dim]
-    if "loss" in op:
-        rest.append(MARGIN)
-    if op.endswith("_backward"):
-        gradients = [values[role] for role, word in UPSTREAM.items() if word in op]
-        return {"grad_logits": getattr(reference, op)(*gradients, *rest)}
-    found = getattr(reference, op)(*rest)
-    roles = [role for role, word in (("loss", "loss"), ("position", "decode")) if word in op]
-    return dict(zip(roles, found if len(roles) == 2 else (found,), strict=True))
-
-
-UPSTREAM = {"grad_loss": "loss", "grad_position": "decode"}
+    made = ALL[op].evaluate({**ALL[op].defaults, **values, "dim": dim, "margin": MARGIN})
+    return dict(zip(ALL[op].results, made if isinstance(made, tuple) else (made,), strict=True))
 
 
 def compiles(backend):

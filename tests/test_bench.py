@@ -16,6 +16,7 @@ import dflkern
 from dflkern import bench, native
 from dflkern.bench import cases, command, contenders, counts, gate, goals, results, timing, worker
 from dflkern.bench.cases import Case, make_inputs, named
+from dflkern.operators import modes
 
 ROOT = Path(__file__).parents[1]
 TINY = "decode-rows-64x4x16-fp32"
@@ -153,7 +154,7 @@ def test_byte_model_of_the_largest_decode():
 def test_kernels_and_saved_bytes(way, monkeypatch):
     if not native.load():
         pytest.skip(f"no CPU library: {native.describe()}")
-    monkeypatch.setattr(dflkern.eager, "ENABLED", way == "eager")
+    monkeypatch.setattr(modes, "FAST_PATH", way == "eager")
     case = named(TINY_LOSS)
     inputs = make_inputs(case, "cpu")
     own = contenders.own(case, inputs)[0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dflkern
+from dflkern.operators.requests import requested
 from support import positions_for
 
 BATCH, ANCHORS = 2, 21
@@ -22,7 +23,7 @@ def logits_of(layout, bins, dtype, device):
 def check(function, logits, *args, **kwargs):
     """Results and gradient of the chosen backend and of the reference agree."""
     found = []
-    for name in (dflkern.backends.requested(), "reference"):
+    for name in (requested(), "reference"):
         leaf = logits.detach().requires_grad_()
         with dflkern.use_backend(name):
             results = function(leaf, *args, **kwargs)

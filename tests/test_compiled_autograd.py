@@ -14,7 +14,7 @@ TARGET, POINTS = torch.rand(6, 4) * 15, torch.rand(6, 2)
 BOXES = torch.cat((POINTS - TARGET[:, :2], POINTS + TARGET[:, 2:]), -1)[None]
 FORWARDS = {
     "mean": lambda z: dflkern.dfl_loss(z, TARGET, reduction="mean"),
-    "sides": lambda z: dflkern.dfl_loss(z, TARGET, reduction="sides").sum(),
+    "side_mean": lambda z: dflkern.dfl_loss(z, TARGET, reduction="side_mean").sum(),
     "project": lambda z: dflkern.dfl_loss(z, TARGET, project=[k * k for k in range(16)]).sum(),
     "decode": lambda z: dflkern.dfl_decode(z).sum(),
     "both": lambda z: sum(dflkern.dfl_loss_and_decode(z, TARGET)).sum(),

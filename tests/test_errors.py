@@ -57,8 +57,8 @@ CASES = [
     (loss, {"margin": -0.1}, ValueError, "margin=-0.1", "below 1"),
     (loss, {"margin": math.nan}, ValueError, "margin=nan", "at least 0"),
     (loss, {"margin": "0"}, TypeError, "margin is '0'; a float", "0.01"),
-    (loss, {"reduction": "avg"}, ValueError, "reduction='avg' is not known; accepted", "'none', 'mean', 'sum', 'sides'"),
-    (loss, {"logits": Z[0, 0], "target": T[0, 0], "reduction": "sides"}, ValueError, "shape (16,) have none there", "(N, 4, num_bins)"),
+    (loss, {"reduction": "avg"}, ValueError, "reduction='avg' is not known; accepted", "'none', 'sum', 'mean', 'side_mean'"),
+    (loss, {"logits": Z[0, 0], "target": T[0, 0], "reduction": "side_mean"}, ValueError, "shape (16,) have none there", "(N, 4, num_bins)"),
     (loss, {"project": range(15)}, ValueError, "15 positions for 16 bins", "one position for each"),
     (loss, {"project": [0, *range(15)]}, ValueError, "project[1]=0.0 does not lie above project[0]=0.0", "Sort them"),
     (loss, {"project": [*range(15), math.inf]}, ValueError, "project[15] is inf", "finite positions"),
@@ -219,11 +219,11 @@ def test_explain():
 
 
 def test_triton_off_the_interpreter_is_refused_on_the_cpu(monkeypatch):
-    from dflkern import backends
     from dflkern.kernels import launch
+    from dflkern.operators import backends
 
     monkeypatch.setattr(launch, "interpreted", lambda: False)
-    backends.choose.cache_clear()
+    backends.forget()
     with dflkern.use_backend("triton"), pytest.raises(RuntimeError, match="on the CPU, where"):
         loss()
-    backends.choose.cache_clear()
+    backends.forget()

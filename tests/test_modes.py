@@ -6,7 +6,7 @@ from functorch.compile import aot_function, nop
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dflkern
-from dflkern import eager, implementations
+from dflkern.operators import modes, positions
 
 POSITIONS = [0.0, 1.0, 2.5, 4.0]
 
@@ -64,8 +64,8 @@ MODES = (
 @pytest.mark.parametrize("way", ["eager", "registered"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
 def test_a_project_first_used_under_a_mode_serves_later_calls(monkeypatch, mode, way):
-    monkeypatch.setattr(eager, "ENABLED", way == "eager")
-    implementations._cached_positions.cache_clear()
+    monkeypatch.setattr(modes, "FAST_PATH", way == "eager")
+    positions.cached.cache_clear()
     mode()
     logits = torch.randn(3, 4, requires_grad=True)
     position = decode(logits)
@@ -79,7 +79,7 @@ def test_a_project_first_used_under_a_mode_serves_later_calls(monkeypatch, mode,
 @pytest.mark.parametrize("name", ["cpu", "cpu-registered", "reference", "triton"])
 def test_tensors_made_in_inference_mode_can_be_trained_against(monkeypatch, name):
     name, _, registered = name.partition("-")
-    monkeypatch.setattr(eager, "ENABLED", not registered)
+    monkeypatch.setattr(modes, "FAST_PATH", not registered)
     logits = torch.randn(2, 6, 4, 8, requires_grad=True)
 
     def given():

@@ -7,63 +7,94 @@ import torch
 from torch.library import opcheck
 
 import dflkern
+from dflkern.operators.table import ALL, DFL_LOSS, TABLE
 from support import DTYPES, logits_of, positions_for, targets_for
 
-NAMES = (
-    "dfl_loss", "dfl_decode", "dfl_loss_and_decode", "dfl_loss_backward", "dfl_decode_backward",
-    "dfl_loss_and_decode_backward",
-)  # fmt: skip
 
-
-def arguments(name, logits, dim, backend, project=None):
-    """Arguments of an operator on single distributions."""
+def arguments(op, logits, dim, backend, **others):
+    """Arguments of an operator in the order of its schema, given those of its public function."""
     dim %= logits.ndim
-    target = targets_for(logits, dim)
-    values = [logits]
-    if name.endswith("_backward"):
-        grads = 2 if "and" in name else 1
-        values = [torch.randn_like(target) for _ in range(grads)] + values
-    if "loss" in name:
-        return [*values, target, project, None, dim, 0.01, backend]
-    return [*values, project, None, dim, backend]
+    shape = logits.shape[:dim] + logits.shape[dim + 1 :]
+    anchors = logits.shape[1 if dim == 3 else -1]
+    given = {
+        "logits": logits,
+        "target": targets_for(logits, dim),
+        "project": None,
+        "positions": None,
+        "dim": dim,
+        "margin": 0.01,
+        "box_format": "xywh",
+        "iou": "ciou",
+        "backend": backend,
+        **(box_tensors(logits, anchors) if op.name.startswith(BOXES) else {}),
+        **others,
+    }
+    given = {**op.defaults, **given}
+    if op.gradient is None:
+        forward = TABLE[op.name.removesuffix("_backward")]
+        results = forward.shape(**given) if forward.shape else shape
+        given |= {name: torch.randn(results, device=logits.device) for name in forward.upstream}
+    return [given[name] for name in op.names]
+
+
+BOXES = ("decode_boxes", "box_loss")
+
+
+def box_tensors(logits, anchors):
+    """Points, strides, boxes and weights for that many anchors."""
+    batch = len(logits)
+    return {
+        "anchor_points": torch.rand(anchors, 2),
+        "stride": torch.full((anchors,), 8.0),
+        "target_boxes": torch.tensor([0.0, 0, 2, 2]) + torch.rand(batch, anchors, 4),
+        "weight": torch.rand(batch, anchors),
+        "normalizer": torch.tensor(3.0),
+        "foreground": torch.rand(batch, anchors) > 0.3,
+    }
+
+
+DISTRIBUTIONS = [op for op in ALL.values() if not op.name.startswith(BOXES)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(backend, device, name, dtype):
+@pytest.mark.parametrize("op", DISTRIBUTIONS, ids=lambda op: op.name)
+def test_opcheck(backend, device, op, dtype):
     layouts = ("rows-4d", "slice", "empty") if backend[0] == "reference" else ("padded",)
     for layout in layouts:
         logits, dim = logits_of(layout, 8, dtype, device)
-        logits = logits.detach().requires_grad_(not name.endswith("_backward"))
-        opcheck(getattr(torch.ops.dflkern, name), arguments(name, logits, dim, backend[0]))
+        logits = logits.detach().requires_grad_(op.gradient is not None)
+        opcheck(getattr(torch.ops.dflkern, op.name), arguments(op, logits, dim, backend[0]))
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
-def test_opcheck_with_a_project(backend, device, name):
+@pytest.mark.parametrize("op", [DFL_LOSS, DFL_LOSS.gradient], ids=lambda op: op.name)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "side_mean"])
+def test_opcheck_with_weight_and_reduction(backend, device, op, reduction):
+    logits, dim = logits_of("rows-4d", 8, torch.float32, device)
+    logits.requires_grad_(op.gradient is not None)
+    others = {"weight": torch.rand(2, 5, 1, device=device), "reduction": reduction}
+    if reduction == "sum":
+        others["normalizer"] = torch.tensor(3.0, device=device)
+    opcheck(getattr(torch.ops.dflkern, op.name), arguments(op, logits, dim, backend[0], **others))
+
+
+@pytest.mark.parametrize("op", [op for op in DISTRIBUTIONS if op.gradient], ids=lambda op: op.name)
+def test_opcheck_with_a_project(backend, device, op):
     logits, dim = logits_of("padded", 8, torch.float32, device)
     project = torch.tensor(positions_for(8), device=device)
-    given = arguments(name, logits.requires_grad_(), dim, backend[0], project)
-    opcheck(getattr(torch.ops.dflkern, name), given)
+    given = arguments(op, logits.requires_grad_(), dim, backend[0], project=project)
+    opcheck(getattr(torch.ops.dflkern, op.name), given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [2, 3])
-def test_opcheck_on_boxes(dtype, dim):
+@pytest.mark.parametrize(
+    "op", [op for op in ALL.values() if op.name.startswith(BOXES)], ids=lambda op: op.name
+)
+def test_opcheck_on_boxes(op, dtype, dim):
     shape = (2, 5, 4, 8) if dim == 3 else (2, 4, 8, 5)
     logits = torch.randn(shape, dtype=torch.float64).to(dtype)
-    anchors, stride = dflkern.make_anchors([(2, 2), (1, 1)], [8, 16])
-    ops = torch.ops.dflkern
-    rest = (None, None, dim, "xywh", "auto")
-    leaf = logits.clone().requires_grad_()
-    opcheck(ops.decode_boxes, (leaf, anchors, stride, *rest))
-    grad = torch.randn((2, 5, 4) if dim == 3 else (2, 4, 5))
-    opcheck(ops.decode_boxes_backward, (grad, logits, stride, *rest))
-    boxes = torch.tensor([0.0, 0, 2, 2]) + torch.rand(2, 5, 4)
-    tensors = (anchors, boxes, torch.rand(2, 5), torch.tensor(3.0), torch.rand(2, 5) > 0.3)
-    rest = (None, None, dim, 0.01, "ciou", "auto")
-    opcheck(ops.box_loss, (leaf, *tensors, *rest))
-    upstream = (torch.rand(()), torch.rand(()))
-    opcheck(ops.box_loss_backward, (*upstream, logits, *tensors, *rest))
+    logits.requires_grad_(op.gradient is not None)
+    opcheck(getattr(torch.ops.dflkern, op.name), arguments(op, logits, dim, "auto"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import func
 
 import dflkern
-from dflkern import eager
+from dflkern.operators import modes
 
 N, K = 3, 8
 POSITIONS = [0.0, 1.0, 2.5, 4.0, 5.0, 7.5, 9.0, 12.0]
@@ -60,7 +60,7 @@ def gradient(function, logits):
 
 @pytest.fixture(params=["eager", "registered"], autouse=True)
 def way(request, monkeypatch):
-    monkeypatch.setattr(eager, "ENABLED", request.param == "eager")
+    monkeypatch.setattr(modes, "FAST_PATH", request.param == "eager")
 
 
 def test_grad(function, logits, gradient):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dflkern
-from dflkern.backends import requested
+from dflkern.operators.requests import requested
 
 
 @pytest.fixture(autouse=True)

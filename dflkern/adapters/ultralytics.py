@@ -135,7 +135,7 @@ def _replacements(framework: str) -> list[Replacement]:
 
 def _dfl_loss(original: Function, self: Any, pred_dist: Tensor, target: Tensor) -> Tensor:
     """Rows (4N, K) and targets (N, 4) to (N, 1)."""
-    loss = dflkern.dfl_loss(pred_dist.unflatten(0, target.shape), target, reduction="sides")
+    loss = dflkern.dfl_loss(pred_dist.unflatten(0, target.shape), target, reduction="side_mean")
     return loss.unsqueeze(-1)
 
 

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..backends import NAMES
+from ..operators.requests import NAMES
 
 # Module to import, and the package that brings it.
 NEEDED = {"matplotlib": "matplotlib", "rich": "rich"}

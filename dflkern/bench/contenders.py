@@ -63,7 +63,7 @@ def own(case: Case, inputs: Inputs) -> list[Contender]:
 
     found = [Contender(OURS, decode if target is None else loss)]
     if _is_dfloss(case):
-        mean = functools.partial(function, target=target, margin=MARGIN, reduction="sides")
+        mean = functools.partial(function, target=target, margin=MARGIN, reduction="side_mean")
         found.append(Contender(OURS_MEAN, mean))
     return found
 

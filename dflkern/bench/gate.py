@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..problem import compute_dtype
 from .cases import MARGIN, Case, Inputs
 from .contenders import Contender, Function, Outputs
 
@@ -58,12 +57,12 @@ def expected(case: Case, inputs: Inputs, *, mean: bool, exact: bool) -> Values:
         logits = case.view(leaf)
         if inputs.target is None:
             return reference.dfl_decode(logits, None, case.dim)
-        target = inputs.target.to(compute_dtype(logits.dtype))
-        function = getattr(reference, f"dfl_{case.op}")
-        result: Outputs = function(logits, target, None, case.dim, MARGIN)
-        if not mean:
-            return result
-        return as_tuple(result)[0].mean(-1)
+        if case.op == "loss_and_decode":
+            return reference.dfl_loss_and_decode(logits, inputs.target, None, case.dim, MARGIN)
+        return reference.dfl_loss(
+            logits, inputs.target, None, None, None, case.dim, MARGIN,
+            "side_mean" if mean else "none",
+        )  # fmt: skip
 
     return evaluate(definition, inputs.leaf.double() if exact else inputs.leaf)
 

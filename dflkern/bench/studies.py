@@ -11,7 +11,9 @@ import torch
 
 import dflkern
 
-from .. import arguments, eager, native
+from .. import native
+from ..operators import modes
+from ..operators.run import bind
 from .cases import DTYPES, MARGIN, Case, make_inputs, named
 from .contenders import own
 from .timing import Context, Effort, Time, Work, measure, passes
@@ -118,7 +120,7 @@ def _calls(effort: Effort, device: str, backend: str, compiled: bool) -> Any:
             ),
         ]
 
-    works = [Work(VALIDATION, lambda: arguments.dfl_loss(logits, target, margin=MARGIN))]
+    works = [Work(VALIDATION, lambda: bind(dflkern.dfl_loss, logits, target, margin=MARGIN))]
     works += ways("", call, contextlib.nullcontext)
     if device == "cpu" and backend in ("auto", "cpu") and native.load():
         forward = torch.ops.dflkern._cpu_dfl_loss.default
@@ -149,13 +151,13 @@ def _operator_works(
 
 @contextlib.contextmanager
 def _registered() -> Iterator[None]:
-    """The registered operators in place of the short way."""
-    before = eager.ENABLED
-    eager.ENABLED = False
+    """The registered operators in place of the fast path."""
+    before = modes.FAST_PATH
+    modes.FAST_PATH = False
     try:
         yield
     finally:
-        eager.ENABLED = before
+        modes.FAST_PATH = before
 
 
 def split(times: dict[str, Time]) -> list[dict[str, Any]]:

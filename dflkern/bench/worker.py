@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from .. import backends
-from ..problem import describe_tensor
+from ..operators import backends
+from ..operators.table import TABLE
 from . import box_steps, contenders, gate, studies
 from .cases import DTYPES, PASSES, Case, make_inputs, named
 from .contenders import COMPILED, Contender
@@ -115,8 +115,8 @@ def served_by(case: Case, leaf: torch.Tensor) -> str:
     """
     logits = case.view(leaf)
     try:
-        problem = describe_tensor(logits, case.dim)
-        return backends.choose(f"dfl_{case.op}", problem, backends.requested()).backend
+        call = {"logits": logits, "dim": case.dim, "project": None}
+        return backends.decide(TABLE[f"dfl_{case.op}"], {**call, "backend": backends.requested()})
     except RuntimeError as error:
         raise CannotRunError(str(error)) from error
 

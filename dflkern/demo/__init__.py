@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..backends import NAMES
+from ..operators.requests import NAMES
 from .config import Config
 from .mistakes import ALL, MISTAKES
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..reference import dfl_loss
+from ..reference.distributions import loss_of_each
 from .evidence import Evidence
 from .findings import Finding, Severity
 from .words import number, percent
@@ -86,7 +86,7 @@ def order(evidence: Evidence) -> Iterator[Finding]:
     targets = evidence.targets
     if evidence.paired and targets is not None and num_bins == evidence.num_bins:
         as_is, right = (
-            float(dfl_loss(z, targets, evidence.project, 2, evidence.margin).nanmean())
+            float(loss_of_each(z, targets, evidence.project, 2, evidence.margin).nanmean())
             for z in (as_read, turned)
         )
         # Where the targets are wrong, any order may win; the right one beats knowing nothing.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..reference import dfl_decode, positions
+from ..reference.distributions import dfl_decode, positions
 from .evidence import Evidence
 from .findings import Finding, Severity
 from .words import number, percent

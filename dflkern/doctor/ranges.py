@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..reference import two_bins
+from ..reference.distributions import two_bins
 from .evidence import AGREE, Evidence, agreement
 from .findings import Finding, Level, Severity
 from .units import may_be_cells

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..reference import dfl_loss
+from ..reference.distributions import loss_of_each
 from .evidence import Evidence
 from .findings import Finding, Severity
 from .words import by_share, number, percent
@@ -104,7 +104,9 @@ def _true_loss(evidence: Evidence) -> float | None:
         return None
     if logits.shape[-1] != evidence.num_bins:
         return None
-    losses = dfl_loss(logits.double(), targets, evidence.project, logits.ndim - 1, evidence.margin)
+    losses = loss_of_each(
+        logits.double(), targets, evidence.project, logits.ndim - 1, evidence.margin
+    )
     return float(losses.nanmean())
 
 

@@ -1,4 +1,4 @@
-"""Running launch plans: which problems Triton can serve, allocation, and the launches."""
+"""Running launch plans: which devices Triton can serve, preparation, and the launches."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .plans import LaunchPlan, beyond_grid, plan
+from .box_plans import steps
+from .plans import LaunchPlan, plan
 
 
-def why_not(problem: Problem) -> list[str]:
-    """Why the Triton kernels cannot serve a problem on its device; empty if they can."""
-    reasons = []
-    device = problem.device.type
-    if device == "cpu" and not interpreted():
-        reasons.append(
+def why_not(device: torch.device) -> list[str]:
+    """Why the Triton kernels cannot serve a device; empty if they can."""
+    if device.type == "cpu" and not interpreted():
+        return [
             "the logits are on the CPU, where Triton runs only in its interpreter "
             "(TRITON_INTERPRET=1, set before the first use, for tests)"
-        )
-    elif device not in ("cpu", "cuda"):
-        reasons.append(f'there is no Triton for the device type "{device}"')
-    return reasons + beyond_grid(problem)
+        ]
+    if device.type not in ("cpu", "cuda"):
+        return [f'there is no Triton for the device type "{device.type}"']
+    return []
 
 
 def interpreted() -> bool:
@@ -38,45 +37,40 @@ def _kernel(module: str, name: str) -> Any:
 
 
 def run(
-    op: str,
-    problem: Problem,
-    backend: str,
-    logits: Tensor,
-    dim: int,
-    small: dict[str, Tensor],
-    project: Tensor | None,
-) -> Any:
-    """Launch op and return its results.
+    op: str, problem: Problem, backend: str, tensors: dict[str, Tensor], results: dict[str, Tensor]
+) -> None:
+    """Launch op, which writes its results.
 
     Args:
         op: the operator's name.
-        problem: of these logits.
+        problem: of these logits; if it says that they are copied, they are the copy.
         backend: "triton" or "cuda".
-        logits: of any strides.
-        dim: the axis of the bins, counted from the front.
-        small: target and upstream gradients by role, in the compute dtype.
-        project: the bins' positions in the compute dtype, or None.
-
-    Returns:
-        The loss, the position, both, or the gradient.
+        tensors: what the operator is given, by role, of any dtype and strides.
+        results: memory for what it returns, by role.
     """
-    backward = op.endswith("_backward")
-    if problem.copied:
-        logits = logits.contiguous()
-    tensors = {"logits": logits, **{role: packed(value) for role, value in small.items()}}
-    if project is not None:
-        tensors["project"] = packed(project)
-    if backward:
-        results = [torch.empty_like(logits)]
-        tensors["grad_logits"] = results[0]
-    else:
-        shape = logits.shape[:dim] + logits.shape[dim + 1 :]
-        roles = [role for role, word in (("loss", "loss"), ("position", "decode")) if word in op]
-        results = [logits.new_empty(shape, dtype=problem.compute_dtype) for _ in roles]
-        tensors |= dict(zip(roles, results, strict=True))
-    if problem.count:
-        launch(plan(op, problem, backend), tensors)
-    return results[0] if len(results) == 1 else tuple(results)
+    if not problem.count:
+        for result in results.values():
+            result.zero_()  # sums over nothing; the others have no elements
+        return
+    launches = [plan(step, problem, backend) for step in steps(op)]
+    held = {
+        role: value if role in IN_PLACE else _prepared(value, problem.compute_dtype)
+        for role, value in tensors.items()
+    }
+    if len(launches) > 1:  # sums in stages: one part for each program of the first launch
+        programs = launches[0].grid[0] * launches[0].grid[1]
+        held["partials"] = held["logits"].new_empty((3, programs), dtype=problem.compute_dtype)
+    for each in launches:
+        launch(each, {**held, **results})
+
+
+IN_PLACE = ("logits", "weight")  # read where they are, whatever their strides
+
+
+def _prepared(value: Tensor, dtype: torch.dtype) -> Tensor:
+    if value.dtype == torch.bool:
+        return value.contiguous().view(torch.uint8)
+    return packed(value.to(dtype))
 
 
 def packed(value: Tensor) -> Tensor:

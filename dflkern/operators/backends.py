@@ -1,0 +1,195 @@
+"""Which backend serves a call: decided here, once for each kind of call, and explained here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import cuda_library, native
+from ..kernels import beyond_grid, launch, plan, prefers_triton, steps
+from ..problem import Problem
+from .requests import requested as requested
+from .requests import use_backend as use_backend
+from .table import Operator
+
+DESCRIPTIONS = {
+    "reference": "plain PyTorch operations, on every device",
+    "cpu": "C++ kernels for CPUs",
+    "triton": "Triton kernels for GPUs",
+    "cuda": "CUDA C++ kernels for NVIDIA GPUs",
+}
+
+
+class Kind(NamedTuple):
+    """All that the choice depends on: no sizes, which change from step to step.
+
+    `prefers_triton` sums up the dtype, the number of bins, the layout and the alignment; the last
+    two are those of any call on a CPU.
+    """
+
+    device: torch.device
+    prefers_triton: bool = False
+    beyond_grid: tuple[str, ...] = ()
+
+
+class Choice(NamedTuple):
+    """The backend that serves a kind of call, or None, and why each preferred one does not."""
+
+    backend: str | None
+    refusals: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def decide(op: Operator, arguments: Mapping[str, Any]) -> str:
+    """The backend that serves a call.
+
+    Raises:
+        RuntimeError: if a backend other than "auto" was asked for and cannot serve the call.
+    """
+    name = arguments["backend"]
+    if arguments["logits"].is_cpu and name in ("auto", "cpu", "reference"):
+        choice = _choose_on_cpu(name)
+    else:
+        choice = choose(kind_of(op.problem(arguments)), name)
+    if choice.backend is not None:
+        return choice.backend
+    reasons = "; ".join(reason for _, found in choice.refusals for reason in found)
+    raise RuntimeError(
+        f'{op.name}: the backend "{name}" was asked for and cannot serve this call: {reasons}. The '
+        f'call: {summary(op.problem(arguments))}. use_backend("auto") takes the best backend that '
+        "can."
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def kind_of(problem: Problem) -> Kind:
+    """The kind of a call on a problem."""
+    return Kind(problem.device, prefers_triton(problem), tuple(beyond_grid(problem)))
+
+
+@functools.cache
+def choose(kind: Kind, name: str) -> Choice:
+    """The choice for a kind of call, given the requested name; the first call loads libraries."""
+    refusals: list[tuple[str, tuple[str, ...]]] = []
+    for backend in preference(kind) if name == "auto" else (name,):
+        if backend == kind.device.type == "cpu":
+            native.load()
+        if backend == kind.device.type == "cuda":
+            cuda_library.load()
+        reasons = why_not(backend, kind)
+        if not reasons:
+            return Choice(backend, tuple(refusals))
+        refusals.append((backend, tuple(reasons)))
+    return Choice(None, tuple(refusals))
+
+
+@functools.cache
+def _choose_on_cpu(name: str) -> Choice:
+    return choose(Kind(torch.device("cpu")), name)
+
+
+def forget() -> None:
+    """Decide anew, after what the choices depend on has changed."""
+    choose.cache_clear()
+    _choose_on_cpu.cache_clear()
+
+
+def preference(kind: Kind) -> tuple[str, ...]:
+    """The backends that "auto" tries, the better ones for a kind of call first."""
+    if kind.device.type != "cuda":
+        return ("cpu", "reference") if kind.device.type == "cpu" else ("reference",)
+    if kind.prefers_triton:
+        return ("triton", "cuda", "reference")
+    return ("cuda", "triton", "reference")
+
+
+def unavailable(backend: str) -> list[str]:
+    """Why a backend can serve nothing on this machine, as far as is known without a build."""
+    if backend == "triton":
+        return _without_triton()
+    if backend == "cpu":
+        return native.refusals()
+    return cuda_library.refusals() if backend == "cuda" else []
+
+
+def _without_triton() -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["Triton is not installed (pip install triton; there are builds for Linux)"]
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return ["Triton is installed, but its kernels need a GPU, and none is visible"]
+    return []
+
+
+def why_not(backend: str, kind: Kind) -> list[str]:
+    """Why a backend cannot serve a kind of call; empty if it can."""
+    reasons = unavailable(backend)
+    if reasons or backend == "reference":
+        return reasons
+    if backend == "cpu":
+        return [] if kind.device.type == "cpu" else [f"the logits are on {kind.device}"]
+    device = cuda_library.why_not if backend == "cuda" else launch.why_not
+    return [*device(kind.device), *kind.beyond_grid]
+
+
+def summary(problem: Problem) -> str:
+    """One line on a problem."""
+    axes = " × ".join(f"{axis.size} (stride {axis.logits})" for axis in problem.axes) or "1"
+    dtype = str(problem.dtype).removeprefix("torch.")
+    line = (
+        f"{problem.count} distributions of {problem.num_bins} bins, {dtype} on {problem.device}, "
+        f"{problem.layout} layout: {axes}, bins with stride {problem.bin_stride}"
+    )
+    if problem.copied:
+        line += "; the logits are copied, since more than three of their axes cannot be merged"
+    return line
+
+
+def report(op: Operator, problem: Problem, name: str) -> str:
+    """What `explain` prints."""
+    lines = [f"{op.name}: {summary(problem)}"]
+    kind = kind_of(problem)
+    backends = preference(kind) if name == "auto" else (name,)
+    chosen = False
+    for backend in backends:
+        reasons = why_not(backend, kind)
+        if reasons:
+            lines.append(f"  {backend}: no, {'; '.join(reasons)}")
+        elif chosen:
+            lines.append(f"  {backend}: could serve it{_second(backend)}")
+        else:
+            chosen = True
+            lines.append(f"  {backend}: serves it ({DESCRIPTIONS[backend]}{state(backend)})")
+            lines += _plans(op, problem, backend)
+    if not chosen:
+        lines.append('  the call would raise; use_backend("auto") takes a backend that can serve')
+    return "\n".join(lines)
+
+
+def state(backend: str) -> str:
+    """Where a backend's library is, if it has one of its own, after a comma."""
+    if backend not in ("cpu", "cuda"):
+        return ""
+    library = native if backend == "cpu" else cuda_library
+    return f", {library.describe()}"
+
+
+def _second(backend: str) -> str:
+    if backend != "cuda":
+        return ""
+    return ", with more instructions than Triton for this number of bins and these strides"
+
+
+def _plans(op: Operator, problem: Problem, backend: str) -> list[str]:
+    if backend not in ("triton", "cuda") or not problem.count:
+        return []
+    lines = []
+    for direction, each in (("forward", op), ("backward", op.gradient)):
+        assert each is not None
+        launches = [plan(step, problem, backend) for step in steps(each.name)]
+        words = [f"{one.kernel}, grid {one.grid}, block {one.block[0]}" for one in launches]
+        lines.append(f"    {direction}: {', then '.join(words)}")
+    return lines

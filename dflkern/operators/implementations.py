@@ -1,0 +1,123 @@
+"""What an operator does on each backend.
+
+Results are contiguous in the compute dtype; a gradient has the dtype of the logits and the strides
+of torch.empty_like(logits).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reductions
+from ..kernels import launch
+from ..problem import compute_dtype
+from . import backends, cpu, positions
+from .modes import without_autocast
+from .table import Arguments, Operator
+
+Run = Callable[[Operator, Arguments], Any]
+
+
+def compute(op: Operator, arguments: Arguments) -> Any:
+    """The results of an operator, or the gradient, on the backend that serves the call."""
+    return RUNS[backends.decide(op, arguments)](op, arguments)
+
+
+def on_cpu(op: Operator, arguments: Arguments) -> Any:
+    """The results of the C++ kernels, which know no autocast."""
+    if arguments["project"] is not None or arguments["positions"] is not None:
+        arguments = with_project(arguments)
+    if "reduction" in arguments and not cpu.reduces(arguments):
+        return _reduced(cpu.run, op, arguments)
+    return cpu.run(op, arguments)
+
+
+def on_gpu(backend: str, op: Operator, arguments: Arguments) -> Any:
+    """The results of the kernels of a GPU backend."""
+    launched = functools.partial(_launch, backend)
+    with without_autocast(arguments["logits"].device):
+        arguments = with_project(arguments)
+        if "reduction" in arguments:
+            return _reduced(launched, op, arguments)
+        return launched(op, arguments)
+
+
+def on_reference(op: Operator, arguments: Arguments) -> Any:
+    """The results of the reference, laid out as those of the kernels."""
+    results = differentiable(op, arguments)
+    if op.gradient is None:
+        return _like_logits(results, arguments["logits"])
+    if isinstance(results, Tensor):
+        return results.contiguous()
+    return tuple(result.contiguous() for result in results)
+
+
+RUNS: dict[str, Run] = {
+    "cpu": on_cpu,
+    "reference": on_reference,
+    "triton": functools.partial(on_gpu, "triton"),
+    "cuda": functools.partial(on_gpu, "cuda"),
+}
+
+
+def differentiable(op: Operator, arguments: Arguments) -> Any:
+    """The results of the reference, in operations of PyTorch that can be differentiated."""
+    with without_autocast(arguments["logits"].device):
+        return op.evaluate(with_project(arguments))
+
+
+def with_project(arguments: Arguments) -> Arguments:
+    """The arguments, with the positions of the bins as a tensor if any are given."""
+    logits, project = arguments["logits"], arguments["project"]
+    dtype = compute_dtype(logits.dtype)
+    found = positions.resolve(project, arguments["positions"], dtype, logits.device)
+    return {**arguments, "project": found}
+
+
+def _reduced(run: Run, op: Operator, arguments: Arguments) -> Any:
+    """The results of kernels that know neither weight nor reduction, which PyTorch adds."""
+    weight, normalizer = arguments["weight"], arguments["normalizer"]
+    reduction, sides = arguments["reduction"], arguments["dim"] - 1
+    each = {**arguments, "weight": None, "normalizer": None, "reduction": "none"}
+    if op.gradient is None:
+        shape = arguments["target"].shape
+        each["grad_loss"] = reductions.upstream(
+            arguments["grad_loss"], weight, normalizer, reduction, sides, shape
+        )
+        return run(op, each)
+    return reductions.reduce(run(op, each), weight, normalizer, reduction, sides)
+
+
+def _launch(backend: str, op: Operator, arguments: Arguments) -> Any:
+    logits = arguments["logits"]
+    problem = op.problem(arguments)
+    if problem.copied:
+        arguments = {**arguments, "logits": logits.contiguous()}
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    results = dict(zip(op.results, empty_results(op, arguments), strict=True))
+    launch.run(op.name, problem, backend, tensors, results)
+    if op.gradient is None:
+        return _like_logits(results["grad_logits"], logits)
+    return results[op.results[0]] if len(results) == 1 else tuple(results.values())
+
+
+def empty_results(op: Operator, arguments: Arguments) -> list[Tensor]:
+    """Memory for what an operator returns."""
+    logits: Tensor = arguments["logits"]
+    if op.shape is None:
+        return [torch.empty_like(logits)]
+    shape, dtype = op.shape(**arguments), compute_dtype(logits.dtype)
+    return [logits.new_empty(shape, dtype=dtype) for _ in op.results]
+
+
+def _like_logits(gradient: Tensor, logits: Tensor) -> Tensor:
+    """The gradient with the strides of torch.empty_like(logits)."""
+    result = torch.empty_like(logits)
+    if gradient.stride() == result.stride():
+        return gradient
+    return result.copy_(gradient)

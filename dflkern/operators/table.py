@@ -1,0 +1,234 @@
+"""The table of operators: one record each, from which everything else about an operator follows.
+
+Its schema, its fake and its autograd (`registration`), eager calls past the dispatcher (`run`),
+the arguments of the C++ operators (`cpu`) and of the GPU kernels, what `explain` shows, and what
+`python -m dflkern compile` compiles.
+
+To add a parameter: the public function in `api`, its record here, the reference, the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import reference
+from ..box_problem import BoxProblem, describe_boxes
+from ..problem import Problem, describe_tensor
+
+Arguments = dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """An argument that is no tensor.
+
+    `default` is what the operator computes with where it stands in for another one.
+    """
+
+    name: str
+    type: str
+    default: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """One operator, or the gradient of one.
+
+    Every operator also takes project, positions and dim, between its tensors and its settings, and
+    the requested backend last. Only the logits get a gradient.
+
+    Attributes:
+        name: in torch.ops.dflkern.
+        tensors: in the order of the schema; "?" marks an optional one.
+        settings: in the order of the schema.
+        results: what it returns. Upstream gradients are named after them: grad_loss for loss,
+            grad_iou for iou_loss.
+        forward: the reference, with the schema's names but positions and backend.
+        problem: what a GPU kernel needs to know of the arguments.
+        shape: the shape of each result by the arguments.
+        saved: the tensors that the gradient reads.
+        backward: the reference of the gradient, which can be differentiated; None for a gradient.
+        saved_on_cpu: what is saved instead if the CPU kernels serve the call, through the operators
+            `_cpu_<name>_keep`, whose last results they are, and `_cpu_<name>_backward_kept`.
+        parts: for each result, the operator that has it alone: its gradient serves where only that
+            upstream gradient is given. Without parts, all are given.
+        names: of all arguments, in the order of the schema.
+        upstream: the names of the upstream gradients.
+        absent: all tensors by name, as None.
+        gradient: the operator that computes the gradient of the logits.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    results: tuple[str, ...]
+    forward: Callable[..., Any]
+    problem: Callable[[Mapping[str, Any]], Problem]
+    shape: Callable[..., tuple[int, ...]] | None = None
+    saved: tuple[str, ...] = ()
+    backward: Callable[..., Tensor] | None = None
+    saved_on_cpu: tuple[str, ...] = ()
+    parts: tuple[Operator, ...] = ()
+    names: tuple[str, ...] = field(init=False)
+    upstream: tuple[str, ...] = field(init=False)
+    absent: dict[str, None] = field(init=False)
+    gradient: Operator | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        tensors = (*(tensor.removesuffix("?") for tensor in self.tensors), "project")
+        settings = (setting.name for setting in self.settings)
+        derived: Arguments = {
+            "names": (*tensors, "positions", "dim", *settings, "backend"),
+            "upstream": tuple(f"grad_{result.removesuffix('_loss')}" for result in self.results),
+            "absent": dict.fromkeys(tensors),
+        }
+        if self.backward is not None:
+            derived["gradient"] = Operator(
+                name=f"{self.name}_backward",
+                tensors=(
+                    *derived["upstream"],
+                    *(t for t in self.tensors if t.removesuffix("?") in self.saved),
+                ),
+                settings=self.settings,
+                results=("grad_logits",),
+                forward=self.backward,
+                problem=self.problem,
+            )
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)  # the record is frozen
+
+    @property
+    def schema(self) -> str:
+        """As torch.library takes it."""
+        tensors = [f"Tensor{'?' * t.endswith('?')} {t.removesuffix('?')}" for t in self.tensors]
+        settings = [f"{setting.type} {setting.name}" for setting in self.settings]
+        arguments = [
+            *tensors, "Tensor? project", "float[]? positions", "int dim", *settings, "str backend"
+        ]  # fmt: skip
+        results = ", ".join("Tensor" for _ in self.results)
+        returns = f"({results})" if len(self.results) > 1 else results
+        return f"{self.name}({', '.join(arguments)}) -> {returns}"
+
+    def evaluate(self, arguments: Arguments) -> Any:
+        """The reference's results for named arguments, of which it takes its own."""
+        names = (name for name in self.names if name not in ("positions", "backend"))
+        return self.forward(**{name: arguments[name] for name in names})
+
+    @property
+    def defaults(self) -> Arguments:
+        """The optional tensors and the settings where nothing is given."""
+        absent: Arguments = {t.removesuffix("?"): None for t in self.tensors if t.endswith("?")}
+        return absent | {setting.name: setting.default for setting in self.settings}
+
+
+def _distributions(arguments: Mapping[str, Any]) -> Problem:
+    return describe_tensor(
+        arguments["logits"], arguments["dim"], margin=arguments.get("margin", 0.0),
+        project=_has_project(arguments),
+    )  # fmt: skip
+
+
+def _boxes(arguments: Mapping[str, Any]) -> BoxProblem:
+    return describe_boxes(
+        arguments["logits"], arguments["dim"], project=_has_project(arguments),
+        margin=arguments.get("margin", 0.0), stride=arguments.get("stride") is not None,
+        box_format=arguments.get("box_format", "xyxy"), iou=arguments.get("iou", "ciou"),
+        foreground=arguments.get("foreground") is not None, weight=arguments.get("weight"),
+    )  # fmt: skip
+
+
+def _has_project(arguments: Mapping[str, Any]) -> bool:
+    return arguments["project"] is not None or arguments.get("positions") is not None
+
+
+def _without_bins(*, logits: Tensor, dim: int, **others: Any) -> tuple[int, ...]:
+    return logits.shape[:dim] + logits.shape[dim + 1 :]
+
+
+def _reduced(*, logits: Tensor, dim: int, reduction: str, **others: Any) -> tuple[int, ...]:
+    shape = _without_bins(logits=logits, dim=dim)
+    if reduction == "none":
+        return shape
+    return shape[: dim - 1] + shape[dim:] if reduction == "side_mean" else ()
+
+
+def _scalar(**others: Any) -> tuple[int, ...]:
+    return ()
+
+
+MARGIN = Setting("margin", "float")
+
+DFL_LOSS = Operator(
+    name="dfl_loss",
+    tensors=("logits", "target", "weight?", "normalizer?"),
+    settings=(MARGIN, Setting("reduction", "str", "none")),
+    results=("loss",),
+    saved=("logits", "target", "weight", "normalizer", "project"),
+    forward=reference.dfl_loss,
+    backward=reference.dfl_loss_backward,
+    problem=_distributions,
+    shape=_reduced,
+)
+DFL_DECODE = Operator(
+    name="dfl_decode",
+    tensors=("logits",),
+    settings=(),
+    results=("position",),
+    saved=("logits", "project"),
+    forward=reference.dfl_decode,
+    backward=reference.dfl_decode_backward,
+    problem=_distributions,
+    shape=_without_bins,
+)
+DFL_LOSS_AND_DECODE = Operator(
+    name="dfl_loss_and_decode",
+    tensors=("logits", "target"),
+    settings=(MARGIN,),
+    results=("loss", "position"),
+    saved=("logits", "target", "project"),
+    forward=reference.dfl_loss_and_decode,
+    backward=reference.dfl_loss_and_decode_backward,
+    problem=_distributions,
+    shape=_without_bins,
+    parts=(DFL_LOSS, DFL_DECODE),
+)
+DECODE_BOXES = Operator(
+    name="decode_boxes",
+    tensors=("logits", "anchor_points", "stride?"),
+    settings=(Setting("box_format", "str"),),
+    results=("boxes",),
+    saved=("logits", "stride", "project"),
+    forward=reference.decode_boxes,
+    backward=reference.decode_boxes_backward,
+    problem=_boxes,
+    shape=_without_bins,
+)
+BOX_LOSS = Operator(
+    name="box_loss",
+    tensors=("logits", "anchor_points", "target_boxes", "weight", "normalizer", "foreground?"),
+    settings=(MARGIN, Setting("iou", "str")),
+    results=("iou_loss", "dfl_loss"),
+    saved=(
+        "logits",
+        "anchor_points",
+        "target_boxes",
+        "weight",
+        "normalizer",
+        "foreground",
+        "project",
+    ),
+    forward=reference.box_loss,
+    backward=reference.box_loss_backward,
+    problem=_boxes,
+    shape=_scalar,
+    saved_on_cpu=("logits", "anchor_points", "normalizer", "candidates", "kept", "project"),
+)
+
+TABLE = {op.name: op for op in (DFL_LOSS, DFL_DECODE, DFL_LOSS_AND_DECODE, DECODE_BOXES, BOX_LOSS)}
+
+
+# With their gradients
+ALL = {each.name: each for op in TABLE.values() for each in (op, op.gradient) if each}

@@ -1,0 +1,27 @@
+"""The maths in plain PyTorch: the definition, the fallback on every device, the truth in tests.
+
+Each function has the parameters of its record in `operators.table`, by name and in that order.
+"""
+
+from .boxes import box_loss, box_loss_backward, decode_boxes, decode_boxes_backward
+from .distributions import (
+    dfl_decode,
+    dfl_decode_backward,
+    dfl_loss,
+    dfl_loss_and_decode,
+    dfl_loss_and_decode_backward,
+    dfl_loss_backward,
+)
+
+__all__ = [
+    "box_loss",
+    "box_loss_backward",
+    "decode_boxes",
+    "decode_boxes_backward",
+    "dfl_decode",
+    "dfl_decode_backward",
+    "dfl_loss",
+    "dfl_loss_and_decode",
+    "dfl_loss_and_decode_backward",
+    "dfl_loss_backward",
+]
