@@ -14,31 +14,29 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .kernels import facts, offline, plan
+from .kernels import facts, offline, plan, steps
 from .kernels.plans import ELEMENT
-from .problem import describe
+from .operators.table import ALL
+from .problem import Problem
 
-OPS = tuple(
-    op + direction
-    for op in ("dfl_loss", "dfl_decode", "dfl_loss_and_decode")
-    for direction in ("", "_backward")
-)
+# The launches by name, and the operators that they belong to; box_loss has two
+OPS = {step: op for op in ALL.values() for step in steps(op.name)}
 DTYPES = {name: dtype for dtype, name in ELEMENT.items()}
 BINS = (8, 16, 17, 33, 91)  # 91: a general number of bins, too many for a lane's registers
 LAYOUTS = ("rows", "columns", "strided")
-COUNT = 1 << 20
+BATCH, ANCHORS = 64, 4096
 AMD = ("gfx942", "gfx1100")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel: an operator on a million distributions of one layout.
+    """One kernel: a launch of an operator on a million distributions, boxes with all options.
 
     The layouts: rows, of one contiguous range; columns, with neighbouring distributions
     contiguous; strided, every other element of longer rows.
@@ -69,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     for name, choices in (
-        ("op", OPS), ("dtype", tuple(DTYPES)), ("backend", ("triton", "cuda")), ("layout", LAYOUTS),
+        ("op", tuple(OPS)), ("dtype", tuple(DTYPES)), ("backend", ("triton", "cuda")),
+        ("layout", LAYOUTS),
     ):  # fmt: skip
         parser.add_argument(
             f"--{name}", action="append", choices=choices, help="only this; may be repeated"
@@ -140,17 +139,7 @@ def variants(arguments: argparse.Namespace, archs: list[int | str]) -> Iterator[
 
 def compile_variant(variant: Variant, out: Path) -> dict[str, Any]:
     """Write one kernel's files; its entry in the manifest."""
-    bins = variant.bins
-    shape, stride = {
-        "rows": ((COUNT, bins), (bins, 1)),
-        "columns": ((256, bins, 4096), (bins * 4096, 4096, 1)),
-        "strided": ((COUNT, bins), (2 * bins, 2)),
-    }[variant.layout]
-    problem = describe(
-        shape, stride, DTYPES[variant.dtype], torch.device("cuda"), 1,
-        margin=0.01, project=variant.project,
-    )  # fmt: skip
-    launch = plan(variant.op, problem, variant.backend)
+    launch = plan(variant.op, _problem(variant), variant.backend)
     compiled = offline.compile_plan(launch, variant.arch)
     entry = {**asdict(variant), "name": variant.name, "kernel": compiled.entry}
     entry["shared"] = compiled.shared
@@ -169,6 +158,22 @@ def compile_variant(variant: Variant, out: Path) -> dict[str, Any]:
             "widest_load": found.widest_load,
         }
     return entry
+
+
+def _problem(variant: Variant) -> Problem:
+    shape, dim = (BATCH, ANCHORS, 4, variant.bins), 3
+    if variant.layout == "columns":
+        shape, dim = (BATCH, 4, variant.bins, ANCHORS), 2
+    with torch.device("meta"):
+        logits = torch.empty(shape, dtype=DTYPES[variant.dtype])
+        if variant.layout == "strided":
+            logits = torch.empty((*shape[:3], 2 * shape[3]), dtype=logits.dtype)[..., ::2]
+        given = torch.empty(BATCH, ANCHORS)
+    problem = OPS[variant.op].problem({
+        "logits": logits, "dim": dim, "project": given if variant.project else None,
+        "margin": 0.01, "stride": given, "foreground": given, "weight": given,
+    })  # fmt: skip
+    return replace(problem, device=torch.device("cuda"))
 
 
 @contextlib.contextmanager

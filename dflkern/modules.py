@@ -38,7 +38,7 @@ class DFLoss(nn.Module):
         dim: the axis of the bins.
         project: the position of each bin, or None; the values of a tensor are read here, once.
         margin: how far below the last bin targets are clamped.
-        reduction: "none", "mean", "sum" or "sides".
+        reduction: "none", "sum", "mean" or "side_mean".
 
     Raises:
         ValueError: for a project that does not increase, or a bad margin or reduction.
@@ -58,11 +58,17 @@ class DFLoss(nn.Module):
         self.dim, self.margin, self.reduction = dim, margin, reduction
         self.project = _positions("DFLoss", project, margin)
 
-    def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """`dfl_loss(logits, target, weight=weight)`."""
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """`dfl_loss(logits, target, weight=weight, normalizer=normalizer)`."""
         return api.dfl_loss(
             logits, target, dim=self.dim, project=self.project, margin=self.margin,
-            weight=weight, reduction=self.reduction,
+            weight=weight, reduction=self.reduction, normalizer=normalizer,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -73,13 +73,11 @@ def test_everything_public_is_typed_and_documented():
 
 
 def test_imports_point_one_way():
-    """reference, geometry, problem ← kernels ← backends ← ops ← api ← modules ← demo ← __main__."""
+    """reference, geometry, problem ← kernels ← operators ← api ← modules ← demo ← __main__."""
     order = (
         ("checks", "problem", "library"), ("box_problem", "geometry", "iou", "reductions"),
         ("reference",), ("compiler",), ("cuda_compiler",), ("native",), ("cuda_library",),
-        ("kernels",), ("backends",),
-        ("implementations",), ("ops",), ("eager",), ("eager_boxes",), ("arguments",),
-        ("api",),
+        ("kernels",), ("operators",), ("api",),
         ("modules",), ("__init__", "adapters", "doctor"),
         ("info", "demo", "build", "compile", "bench"), ("__main__",),
     )  # fmt: skip

@@ -117,7 +117,7 @@ def reduce(losses, weight, reduction, shape, sides):
         losses = losses * np.broadcast_to(weight, shape)
     if reduction == "none":
         return losses
-    if reduction == "sides":
+    if reduction == "side_mean":
         return losses.sum(sides) / float(max(shape[sides], 1))
     if losses.value.size == 0:
         return exact_zero((), losses.precision)
@@ -128,7 +128,7 @@ def reduce(losses, weight, reduction, shape, sides):
 def reduce_gradient(upstream, weight, reduction, shape, sides, precision):
     """The gradient by each loss, (N,), from that by what reduce returns."""
     upstream = Bounded(upstream, precision)
-    if reduction == "sides":
+    if reduction == "side_mean":
         upstream = Bounded(np.expand_dims(upstream.value, sides), precision) / float(
             max(shape[sides], 1)
         )

@@ -126,7 +126,7 @@ def draw(seed, index, ops=OPS, backends=BACKENDS):
         other_dtype=pick(tuple(DTYPES)), other_layout=pick(LAYOUTS), project=pick(PROJECTS),
         margin=pick((0.0, 0.01, 0.1, 0.5)), target=pick(("inside",) if mild else TARGETS),
         weight=pick(("positive",) if mild else WEIGHTS),
-        reduction=pick(("none", "sum", "mean", "sides")),
+        reduction=pick(("none", "sum", "mean", "side_mean")),
         upstream=pick(("normal",) if mild else UPSTREAM), mask=pick((None, *MASKS)),
         classes=pick((None, None, 1, 3, 17, 80)),
         normalizer=pick(("sum", "one") if mild else NORMALIZERS),
@@ -136,7 +136,7 @@ def draw(seed, index, ops=OPS, backends=BACKENDS):
     )  # fmt: skip
     if op not in BOXES:
         spec = dataclasses.replace(spec, weight=pick((None, spec.weight)))
-    if spec.reduction == "sides" and dim == 0:
+    if spec.reduction == "side_mean" and dim == 0:
         spec = dataclasses.replace(spec, reduction="mean")
     return spec
 
@@ -165,7 +165,7 @@ def simpler(spec):
             if smaller < size:
                 shape = (*spec.shape[:axis], smaller, *spec.shape[axis + 1 :])
                 yield dataclasses.replace(spec, shape=shape)
-    if spec.op in DISTRIBUTIONS and spec.reduction != "sides":
+    if spec.op in DISTRIBUTIONS and spec.reduction != "side_mean":
         for axis in range(len(spec.shape)):
             shape = (*spec.shape[:axis], *spec.shape[axis + 1 :])
             yield dataclasses.replace(spec, shape=shape, dim=min(spec.dim, len(shape)))
