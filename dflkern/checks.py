@@ -6,6 +6,7 @@ device. Each sentence says what was given, what is accepted, and the way out.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -225,6 +226,14 @@ def check_positions(
         raise ValueError(
             f"{op}: project has {len(values)} positions; one for each bin is needed, 2 at least."
         )
+    _check_increasing(op, tuple(values), margin, dtype)
+    return values
+
+
+@functools.lru_cache(maxsize=256)
+def _check_increasing(
+    op: str, values: tuple[float, ...], margin: float, dtype: torch.dtype
+) -> None:
     for k, value in enumerate(values):
         if not -math.inf < value < math.inf:
             raise ValueError(f"{op}: project[{k}] is {value}; finite positions are needed.")
@@ -243,7 +252,6 @@ def check_positions(
             f"{op}: positions of project are equal or infinite in float32, in which the call is "
             "computed. Shift or scale them, or pass fp64 logits."
         )
-    return values
 
 
 def _distinct_in_fp32(values: Sequence[float]) -> bool:
