@@ -223,6 +223,27 @@ def test_backward_keeps_the_backend_of_its_forward(monkeypatch):
     assert ran == ["dfl_loss", "dfl_loss_backward"]
 
 
+@pytest.mark.parametrize("normalizer", [3.0, torch.tensor(3.0, dtype=torch.float64)])
+def test_a_normalizer_divides_the_sum_and_its_gradient(backend, device, normalizer):
+    if isinstance(normalizer, torch.Tensor):
+        normalizer = normalizer.to(device)
+    logits, target = torch.randn(5, 4, 8, device=device), torch.rand(5, 4, device=device) * 7
+    weight, leaf = torch.rand(5, 1, device=device), logits.requires_grad_()
+    loss = dflkern.dfl_loss(leaf, target, weight=weight, reduction="sum", normalizer=normalizer)
+    plain = dflkern.dfl_loss(leaf, target, weight=weight, reduction="sum") / 3
+    module = dflkern.DFLoss(reduction="sum")(leaf, target, weight, normalizer)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, plain)
+    assert torch.equal(module, loss)
+    gradients = [torch.autograd.grad(each, leaf, create_graph=True)[0] for each in (loss, plain)]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(
+        *[torch.autograd.grad(each.square().sum(), leaf)[0] for each in gradients]
+    )
+    empty = dflkern.dfl_loss(leaf[:0], target[:0], reduction="sum", normalizer=0.0)
+    assert empty == 0
+
+
 def test_kernels_by_the_profiler(kernels, device, monkeypatch):
     """One operator forward and one backward, of which a GPU sees one kernel each.
 
