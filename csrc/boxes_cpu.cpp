@@ -1,4 +1,4 @@
-// The CPU operators on boxes: _cpu_<name> computes what the function <name> of dflkern/reference.py
+// The CPU operators on boxes: _cpu_<name> computes what the function <name> of dflkern/reference
 // does, for logits (B, A, 4, K) with dim = 3 or (B, 4, K, A) with dim = 2, of any strides.
 
 #include <functional>

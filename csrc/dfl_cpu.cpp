@@ -1,5 +1,5 @@
 // The CPU operators on single distributions, without Python: _cpu_<name> computes what the function
-// <name> of dflkern/reference.py does, for logits of any strides.
+// <name> of dflkern/reference does, for logits of any strides.
 
 #include <string>
 #include <tuple>

@@ -31,7 +31,8 @@ print(len([w for w in seen if "dflkern" in str(w.message)]))
 print(*[w.message for w in seen if "dflkern" in str(w.message)])
 print(native.describe())
 """
-DEFINE = "import torch\nkeep = torch.library.Library('dflkern', 'DEF')\n"  # what ops.py does first
+# As a first import of dflkern does
+DEFINE = "import torch\nkeep = torch.library.Library('dflkern', 'DEF')\n"
 
 
 def call(cache, **environment):
