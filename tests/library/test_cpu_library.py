@@ -98,7 +98,7 @@ def test_the_key_covers_what_the_compiler_reads():
 @pytest.fixture
 def copied_sources(tmp_path, monkeypatch):
     folder = tmp_path / "csrc"
-    shutil.copytree(compiler.sources(), folder)
+    shutil.copytree(compiler.sources(), folder, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(compiler, "sources", lambda: folder)
     return folder
 
@@ -106,7 +106,7 @@ def copied_sources(tmp_path, monkeypatch):
 def test_only_what_is_compiled_is_part_of_the_key(copied_sources):
     product = set(compiler.with_includes(compiler.CPU_SOURCES))
     keys = {compiler.key()}
-    for path in sorted(copied_sources.iterdir()):
+    for path in sorted(path for path in copied_sources.rglob("*") if path.is_file()):
         path.write_text(path.read_text() + "\n// changed\n")
         before = len(keys)
         keys.add(compiler.key())
