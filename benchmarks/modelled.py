@@ -1,7 +1,7 @@
 """Count the compiled GPU kernels in the emulator and write results/modelled.json.
 
 No GPU takes part: registers and instructions are read from machine code, sectors are counted, and
-times are modelled (tests/ptxemu/model.py). `benchmarks/readme.py` makes tables of what this writes.
+times are modelled (tests/helpers/ptxemu/model.py). `benchmarks/readme.py` makes tables of what this writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests" / "helpers")]
 
 from modelled_tables import modelled_in_full  # noqa: E402
 

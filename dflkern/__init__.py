@@ -10,7 +10,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from .api import box_loss, decode_boxes, dfl_decode, dfl_loss, dfl_loss_and_decode, explain
+from .functional import box_loss, decode_boxes, dfl_decode, dfl_loss, dfl_loss_and_decode, explain
 from .geometry import bbox2dist, dfl_targets, dist2bbox, make_anchors
 from .iou import paired_box_iou
 from .modules import BoxLoss, DFLDecode, DFLoss

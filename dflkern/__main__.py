@@ -68,11 +68,11 @@ def _discard_output() -> None:
 
 
 COMMANDS = {
-    "info": (".info", "versions, devices, and the backends with available or why not"),
+    "info": (".commands.info", "versions, devices, and the backends with available or why not"),
     "bench": (".bench", "time dflkern beside PyTorch and the detectors' own code"),
-    "build": (".build", "build the CPU library ahead of time"),
-    "compile": (".compile", "compile the GPU kernels for GPUs that are not there"),
-    "doctor": (".doctor.command", "say what is wrong with a DFL training, from recorded tensors"),
+    "build": (".commands.build", "build the CPU library ahead of time"),
+    "compile": (".commands.compile", "compile the GPU kernels for GPUs that are not there"),
+    "doctor": (".commands.doctor", "say what is wrong with a DFL training, from recorded tensors"),
     "demo": (".demo", "train a small detector on handwritten digits with dflkern"),
 }
 

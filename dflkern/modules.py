@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from . import api
+from . import functional
 from .checks import (
     IOU_KINDS,
     REDUCTIONS,
@@ -66,7 +66,7 @@ class DFLoss(nn.Module):
         normalizer: Tensor | float | None = None,
     ) -> Tensor:
         """`dfl_loss(logits, target, weight=weight, normalizer=normalizer)`."""
-        return api.dfl_loss(
+        return functional.dfl_loss(
             logits, target, dim=self.dim, project=self.project, margin=self.margin,
             weight=weight, reduction=self.reduction, normalizer=normalizer,
         )  # fmt: skip
@@ -97,7 +97,7 @@ class DFLDecode(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         """`dfl_decode(logits)`."""
-        return api.dfl_decode(logits, dim=self.dim, project=self.project)
+        return functional.dfl_decode(logits, dim=self.dim, project=self.project)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""
@@ -141,7 +141,7 @@ class BoxLoss(nn.Module):
         foreground: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`box_loss(logits, …, foreground=foreground)`: (iou_loss, dfl_loss)."""
-        return api.box_loss(
+        return functional.box_loss(
             logits, anchor_points, target_boxes, weight, normalizer, dim=self.dim,
             foreground=foreground, project=self.project, margin=self.margin, iou=self.iou,
         )  # fmt: skip

@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
 
 import dflkern
 import emulation
-from dflkern import cuda_library, native
+from dflkern.cpu import library as cpu_library
+from dflkern.gpu.cuda import library as cuda_library
 from dflkern.operators import modes
 
 # A job that a shell runs in the background ignores Ctrl-C, and so would the processes of tests.
@@ -63,8 +64,8 @@ KERNELS = [
 def _use(monkeypatch, name, device, way="eager"):
     if (name, device) == ("triton", "cpu") and not INTERPRETED:
         pytest.skip("Triton's interpreter is off: TRITON_INTERPRET=1 was not set")
-    if name == "cpu" and not native.load():
-        pytest.skip(f"no CPU library: {native.describe()}")
+    if name == "cpu" and not cpu_library.load():
+        pytest.skip(f"no CPU library: {cpu_library.describe()}")
     if name == "cuda" and not cuda_library.load():
         pytest.skip(f"no CUDA library: {cuda_library.describe()}")
     monkeypatch.setattr(modes, "FAST_PATH", way == "eager")

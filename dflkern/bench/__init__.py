@@ -62,6 +62,8 @@ def main(arguments: argparse.Namespace) -> int:
     if not cases and not studies:
         names = ", ".join(case.name for case in CASES)
         return _refuse(f"No case or study matches {arguments.filter!r}. The cases: {names}.")
+    if arguments.rounds is None:
+        arguments.rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     return command.run(arguments, cases, studies)
 
 

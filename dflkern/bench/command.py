@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import QUICK_ROUNDS, ROUNDS, chart, machine, report
+from . import chart, machine, report
 from .cases import Case
 from .goals import goals
 from .results import derive, green, plain
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace, cases: Sequence[Case], studies: Sequence[
         device=device,
         backend=arguments.backend,
         threads=arguments.threads,
-        rounds=arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS),
+        rounds=arguments.rounds,
         least=3e-4 if arguments.quick else 2e-3,
         limit=0.7 if arguments.quick else 1e9,
         compiled=not arguments.quick,

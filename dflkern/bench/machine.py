@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..info import cpu_name
+from ..commands.info import cpu_name
 
 _PACKAGES = ("torch", "triton", "ultralytics")
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..console import open_console
+from ..commands.console import open_console
 from .box_steps import TENSOR_BYTES, ULTRALYTICS
 from .cases import BYTE_MODEL, PASSES
 from .contenders import COMPILED, OURS

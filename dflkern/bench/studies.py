@@ -11,7 +11,7 @@ import torch
 
 import dflkern
 
-from .. import native
+from ..cpu import library as cpu_library
 from ..operators import modes
 from ..operators.run import bind
 from .cases import DTYPES, MARGIN, Case, make_inputs, named
@@ -122,7 +122,7 @@ def _calls(effort: Effort, device: str, backend: str, compiled: bool) -> Any:
 
     works = [Work(VALIDATION, lambda: bind(dflkern.dfl_loss, logits, target, margin=MARGIN))]
     works += ways("", call, contextlib.nullcontext)
-    if device == "cpu" and backend in ("auto", "cpu") and native.load():
+    if device == "cpu" and backend in ("auto", "cpu") and cpu_library.load():
         forward = torch.ops.dflkern._cpu_dfl_loss.default
         backward = torch.ops.dflkern._cpu_dfl_loss_backward.default
         for label, end in (("", len(logits)), (ONE, 1)):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import decode_boxes, dfl_loss, explain, use_backend
-from ..console import open_console
+from ..commands.console import open_console
 from .config import Config
 from .model import anchors
 from .pictures import draw_curves, draw_detections

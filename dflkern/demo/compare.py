@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from ..console import open_console
+from ..commands.console import open_console
 from .command import WIDTH, train_with_progress
 from .config import Config
 from .mistakes import ALL, LOSS_CLAMP, broken

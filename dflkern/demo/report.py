@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 from .. import __version__
-from ..info import cpu_name
+from ..commands.info import cpu_name
 from .config import Config
 from .train import Run, Step
 

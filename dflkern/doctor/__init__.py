@@ -4,7 +4,8 @@
 """
 
 from .examination import examine
-from .findings import Finding, Level, Report, Severity
+from .findings import Finding, Level, Severity
+from .report import Report
 from .watching import Watch, watch
 
 __all__ = ["Finding", "Level", "Report", "Severity", "Watch", "examine", "watch"]

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..checks import Project
 from . import distributions, precision, ranges, training
 from .evidence import Evidence
-from .findings import Finding, Report, arrange
+from .findings import Finding, arrange
 from .intake import gather
+from .report import Report
 from .units import units
 from .values import Numbers
 

@@ -1,11 +1,10 @@
-"""What the doctor can find, what explains what, and the report that puts causes first."""
+"""What the doctor can find, what explains what, and the order that puts causes first."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 
 class Severity(enum.IntEnum):
@@ -108,50 +107,11 @@ class Level:
     counts: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Report:
-    """The findings, gravest first and each cause before its consequences; iterable, with a length.
-
-    `print(report)` shows it all; `levels` has the targets of each stride.
-    """
-
-    findings: tuple[Finding, ...]
-    levels: tuple[Level, ...] = ()
-    num_bins: int | None = None
-    examined: tuple[str, ...] = ()
-
-    def __iter__(self) -> Iterator[Finding]:
-        return iter(self.findings)
-
-    def __len__(self) -> int:
-        return len(self.findings)
-
-    @property
-    def severity(self) -> Severity:
-        """The gravest finding's; NOTE if there is none."""
-        return max((finding.severity for finding in self.findings), default=Severity.NOTE)
-
-    @property
-    def healthy(self) -> bool:
-        """Nothing above a note."""
-        return self.severity is Severity.NOTE
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
-        findings = [asdict(finding) | {"severity": str(finding.severity)} for finding in self]
-        return {
-            "severity": str(self.severity),
-            "healthy": self.healthy,
-            "num_bins": self.num_bins,
-            "examined": list(self.examined),
-            "findings": findings,
-            "levels": [asdict(level) for level in self.levels],
-        }
-
-    def __str__(self) -> str:
-        from .text import render
-
-        return render(self)
+def by_share(share: float, warning: float, error: float) -> Severity:
+    """The severity of something whose weight is how often it happens."""
+    if share >= error:
+        return Severity.ERROR
+    return Severity.WARNING if share >= warning else Severity.NOTE
 
 
 def arrange(findings: Sequence[Finding]) -> tuple[Finding, ...]:

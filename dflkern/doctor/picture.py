@@ -7,7 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .findings import Level, Report
+from .findings import Level
+from .report import Report
 from .words import number, percent
 
 BLUE, RED, GREY = "#2563a8", "#d6453d", "#8a8f98"

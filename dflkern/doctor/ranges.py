@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..reference.distributions import two_bins
 from .evidence import AGREE, Evidence, agreement
-from .findings import Finding, Level, Severity
+from .findings import Finding, Level, Severity, by_share
 from .units import may_be_cells
-from .words import by_share, number, percent, row
+from .words import number, percent, row
 
 COVERED = 0.995  # of the sides, by the K that the doctor proposes
 ENOUGH = 20

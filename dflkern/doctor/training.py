@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..reference.distributions import loss_of_each
 from .evidence import Evidence
-from .findings import Finding, Severity
-from .words import by_share, number, percent
+from .findings import Finding, Severity, by_share
+from .words import number, percent
 
 # How many losses are exactly the largest one, as (number, share), before it is no chance.
 PINNED = ((5, 0.3), (10, 0.02))

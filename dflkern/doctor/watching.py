@@ -15,8 +15,9 @@ from ..checks import Project
 from ..modules import BoxLoss, DFLoss
 from .calls import Call, Observer, harmless
 from .examination import examine
-from .findings import Finding, Report, Severity
+from .findings import Finding, Severity
 from .records import GradientNorms, Samples, Series
+from .report import Report
 from .samples import rows_of_call
 from .signatures import losses_in
 

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .findings import Severity
-
 
 def percent(share: float) -> str:
     """A share from 0 to 1, with as many digits as it needs to be neither 0 % nor 100 %."""
@@ -27,10 +25,3 @@ def row(values: Tensor | Iterable[float]) -> str:
     """A few numbers in brackets."""
     items = values.flatten().tolist() if isinstance(values, Tensor) else values
     return f"[{', '.join(number(value) for value in items)}]"
-
-
-def by_share(share: float, warning: float, error: float) -> Severity:
-    """The severity of something whose weight is how often it happens."""
-    if share >= error:
-        return Severity.ERROR
-    return Severity.WARNING if share >= warning else Severity.NOTE

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import cuda_library, native
-from ..kernels import beyond_grid, launch, plan, prefers_triton, steps
+from ..cpu import library as cpu_library
+from ..gpu import beyond_grid, launch, plan, prefers_triton, steps
+from ..gpu.cuda import library as cuda_library
 from ..problem import Problem
 from .requests import requested as requested
 from .requests import use_backend as use_backend
@@ -77,7 +78,7 @@ def choose(kind: Kind, name: str) -> Choice:
     refusals: list[tuple[str, tuple[str, ...]]] = []
     for backend in preference(kind) if name == "auto" else (name,):
         if backend == kind.device.type == "cpu":
-            native.load()
+            cpu_library.load()
         if backend == kind.device.type == "cuda":
             cuda_library.load()
         reasons = why_not(backend, kind)
@@ -112,7 +113,7 @@ def unavailable(backend: str) -> list[str]:
     if backend == "triton":
         return _without_triton()
     if backend == "cpu":
-        return native.refusals()
+        return cpu_library.refusals()
     return cuda_library.refusals() if backend == "cuda" else []
 
 
@@ -173,7 +174,7 @@ def state(backend: str) -> str:
     """Where a backend's library is, if it has one of its own, after a comma."""
     if backend not in ("cpu", "cuda"):
         return ""
-    library = native if backend == "cpu" else cuda_library
+    library = cpu_library if backend == "cpu" else cuda_library
     return f", {library.describe()}"
 
 

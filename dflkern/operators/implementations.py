@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reductions
-from ..kernels import launch
+from ..cpu import operators as cpu
+from ..gpu import launch
 from ..problem import compute_dtype
-from . import backends, cpu, positions
+from ..reference import reductions
+from . import backends, positions
 from .modes import without_autocast
 from .table import Arguments, Operator
 
@@ -33,8 +34,12 @@ def on_cpu(op: Operator, arguments: Arguments) -> Any:
     if arguments["project"] is not None or arguments["positions"] is not None:
         arguments = with_project(arguments)
     if "reduction" in arguments and not cpu.reduces(arguments):
-        return _reduced(cpu.run, op, arguments)
-    return cpu.run(op, arguments)
+        return _reduced(_run_on_cpu, op, arguments)
+    return _run_on_cpu(op, arguments)
+
+
+def _run_on_cpu(op: Operator, arguments: Arguments) -> Any:
+    return cpu.run(op.name, arguments)
 
 
 def on_gpu(backend: str, op: Operator, arguments: Arguments) -> Any:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu import operators as cpu
 from ..problem import savable
-from . import backends, cpu
+from . import backends
 from .implementations import RUNS, Run, differentiable, on_cpu, with_project
 from .modes import is_plain, is_transformed, needs_plain_operations
 from .table import Arguments, Operator
@@ -103,9 +104,10 @@ class _FastPath(torch.autograd.Function):
         """Run, and save what the gradient reads."""
         ctx.run = run
         if op.saved_on_cpu and run is on_cpu:
-            results, kept = cpu.run_and_keep(op, with_project(arguments))
-            setup_context(ctx, op, arguments, kept)
-            return results
+            found, count = cpu.run(f"{op.name}_keep", with_project(arguments)), len(op.results)
+            kept = [name for name in op.saved_on_cpu if name not in op.names]
+            setup_context(ctx, op, arguments, dict(zip(kept, found[count:], strict=True)))
+            return found[:count]
         results = run(op, arguments)
         setup_context(ctx, op, arguments)
         return results

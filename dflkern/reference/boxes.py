@@ -13,7 +13,6 @@ from torch import Tensor
 from ..geometry import bbox2dist, column, dist2bbox
 from ..iou import paired_box_iou, paired_box_iou_gradient
 from ..problem import compute_dtype
-from ..reductions import total
 from .distributions import (
     dfl_decode,
     dfl_decode_backward,
@@ -21,6 +20,7 @@ from .distributions import (
     loss_of_each,
     weighted,
 )
+from .reductions import total
 
 
 def decode_boxes(

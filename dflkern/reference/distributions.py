@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..problem import compute_dtype
-from ..reductions import reduce, upstream
+from .reductions import reduce, upstream
 
 
 def dfl_loss(

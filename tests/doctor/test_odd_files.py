@@ -120,7 +120,7 @@ def test_an_unreadable_file(tmp_path):
     for folder in (path, tmp_path):
         folder.chmod(0o000 if folder == path else 0o700)
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, dflkern.doctor.command\n" + code, "doctor", str(path)],
+        [sys.executable, "-c", "import sys, dflkern.commands.doctor\n" + code, "doctor", str(path)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 3, done.stderr

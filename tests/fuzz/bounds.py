@@ -154,7 +154,7 @@ def exact_zero(shape, precision):
 
 
 def exp(x):
-    """Of numbers up to 0, to 2.5 units in the last place, or 5 below −16 (csrc/dfl_math.h).
+    """Of numbers up to 0, to 2.5 units in the last place, or 5 below −16 (csrc/common/dfl_math.h).
 
     What is below the smallest normal number may be 0, or a few times that number.
     """

@@ -13,8 +13,9 @@ import torch
 from sample import load
 
 import dflkern
-from dflkern import compiler, native
 from dflkern.__main__ import main
+from dflkern.cpu import compiler
+from dflkern.cpu import library as cpu_library
 from dflkern.library import BuildError, Loader, TransientError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the library is built on POSIX systems")
@@ -26,10 +27,10 @@ with warnings.catch_warnings(record=True) as seen:
     for _ in range(3):
         loss = dflkern.dfl_loss(torch.zeros(4, 16), torch.ones(4))
 assert abs(loss[0].item() - 2.7725887) < 1e-6
-from dflkern import native
+from dflkern.cpu import library
 print(len([w for w in seen if "dflkern" in str(w.message)]))
 print(*[w.message for w in seen if "dflkern" in str(w.message)])
-print(native.describe())
+print(library.describe())
 """
 # As a first import of dflkern does
 DEFINE = "import torch\nkeep = torch.library.Library('dflkern', 'DEF')\n"
@@ -50,9 +51,9 @@ def call(cache, **environment):
 @pytest.fixture(scope="session")
 def built():
     """The path of this process's library, as the cache held it when the tests began."""
-    if not native.load():
-        pytest.skip(f"no CPU library: {native.describe()}")
-    return native.LOADER.find().path
+    if not cpu_library.load():
+        pytest.skip(f"no CPU library: {cpu_library.describe()}")
+    return cpu_library.LOADER.find().path
 
 
 @pytest.fixture
@@ -76,8 +77,8 @@ def fresh(cache, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
 
     def make():
-        recipe = dataclasses.replace(native.RECIPE, prebuilt=None)
-        return Loader(recipe, lambda path: None, otherwise=native.WAY_OUT)
+        recipe = dataclasses.replace(cpu_library.RECIPE, prebuilt=None)
+        return Loader(recipe, lambda path: None, otherwise=cpu_library.WAY_OUT)
 
     return make
 
@@ -87,7 +88,7 @@ def fresh(cache, monkeypatch):
 
 def test_the_key_covers_what_the_compiler_reads():
     """The files that the preprocessor opens, system and torch headers aside."""
-    command = [*compiler.compilers()[0], "-MM", "-MG", "-std=c++17"]
+    command = [*compiler.compilers()[0], "-MM", "-MG", "-std=c++17", "-I", str(compiler.sources())]
     paths = [str(compiler.sources() / name) for name in compiler.CPU_SOURCES]
     done = subprocess.run([*command, *paths], capture_output=True, text=True, check=True)
     words = done.stdout.replace("\\\n", " ").split()
@@ -193,7 +194,7 @@ def test_a_build_with_its_manifest(fresh, fake_compiler, monkeypatch, cache, cap
     assert one.describe() == f"to be built at the first call, with {path} -g"
     found = load(one)
     assert (found.loaded, found.warnings) == (True, [])
-    path = cache / compiler.key() / native.LIBRARY
+    path = cache / compiler.key() / cpu_library.LIBRARY
     assert found.state == f"loaded from {path}"
     facts = json.loads(path.with_name(f"{path.name}.json").read_text())
     assert (facts["compiler"], facts["abi"], facts["size"]) == ("fake 1.0", "2.10", 5)
@@ -244,13 +245,13 @@ def test_compilers_that_fail(fresh, fake_compiler, monkeypatch, body, words, rem
 
 def test_a_warm_cache_needs_no_compiler(warm):
     assert call(warm, PATH="/nonexistent", CXX=None) == (
-        0, "", f"loaded from {warm / compiler.key() / native.LIBRARY}",
+        0, "", f"loaded from {warm / compiler.key() / cpu_library.LIBRARY}",
     )  # fmt: skip
 
 
 def test_a_truncated_library_is_not_opened(warm, tmp_path):
     """Mapped, it would kill the process with SIGBUS."""
-    path = warm / compiler.key() / native.LIBRARY
+    path = warm / compiler.key() / cpu_library.LIBRARY
     os.truncate(path, 300_000)
     warned, words, state = call(warm, PATH="/nonexistent", CXX=None, TMPDIR=str(tmp_path))
     assert warned == 1
@@ -275,15 +276,15 @@ def test_a_library_is_loaded_once_in_a_process(built, tmp_path):
     """Also from another path, such as after a second import of the package and a new build."""
     copy = tmp_path / built.name
     shutil.copy(built, copy)
-    native.load_once(built)
-    native.load_once(copy)
+    cpu_library.load_once(built)
+    cpu_library.load_once(copy)
     assert str(copy) not in torch.ops.loaded_libraries
     assert dflkern.dfl_decode(torch.zeros(1, 16)).item() == 7.5
 
 
 def test_explain_and_info_say_what_is_known(fresh, monkeypatch, capsys, compilers):
     logits = torch.zeros(4, 16)
-    monkeypatch.setattr(native, "LOADER", fresh())
+    monkeypatch.setattr(cpu_library, "LOADER", fresh())
     assert "cpu: no, no C++ compiler was found" in dflkern.explain("dfl_decode", logits)
     main(["info"])
     assert "not available: no C++ compiler was found" in capsys.readouterr().out
@@ -295,7 +296,7 @@ def test_explain_and_info_say_what_is_known(fresh, monkeypatch, capsys, compiler
 
 
 def test_the_build_command_says_what_went_wrong(fresh, fake_compiler, monkeypatch, capsys):
-    monkeypatch.setattr(native, "LOADER", fresh())
+    monkeypatch.setattr(cpu_library, "LOADER", fresh())
     monkeypatch.setenv("CXX", str(fake_compiler("echo 'error: it is broken'; exit 1")))
     monkeypatch.setattr(compiler, "working_compiler", lambda scratch: (compiler._named(), "1.0"))
     assert main(["build"]) == 1
@@ -325,11 +326,14 @@ def test_a_library_for_other_machines_of_this_kind(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-O0"))
     out = tmp_path / "lib"
     assert main(["build", "--out", str(out)]) == 0
-    assert str(out / native.LIBRARY) in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == [native.LIBRARY, f"{native.LIBRARY}.json"]
-    one = Loader(dataclasses.replace(native.RECIPE, prebuilt=out), print, otherwise="")
+    assert str(out / cpu_library.LIBRARY) in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == [
+        cpu_library.LIBRARY,
+        f"{cpu_library.LIBRARY}.json",
+    ]
+    one = Loader(dataclasses.replace(cpu_library.RECIPE, prebuilt=out), print, otherwise="")
     path, facts = one.find()
-    assert path == out / native.LIBRARY
+    assert path == out / cpu_library.LIBRARY
     assert (facts["abi"], stat.S_IMODE(path.stat().st_mode)) == ("2.10", 0o644)
     assert compute(sys.executable, path)[1].startswith("67.5 ")
     monkeypatch.setattr(compiler, "cpu_features", lambda: ("sse2",))

@@ -1,0 +1,1 @@
+"""The C++ library for CPUs: its compiler, what finds or builds it, and calls of its operators."""

@@ -1,0 +1,1 @@
+"""The CUDA C++ library and the launch plans of its kernels."""

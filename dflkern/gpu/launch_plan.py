@@ -1,0 +1,99 @@
+"""What a launch plan is: a pure value that says how one launch of an operator runs.
+
+Making one imports no Triton and touches no device, so that a plan can be explained, compiled for
+another machine, or run in an emulator; what is launched is exactly what the plan says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+ELEMENT = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+GRID_LIMIT = 65535  # of the grid's second and third axis
+UNROLLED_BINS = 64  # above, a lane cannot hold a distribution in registers
+LAZY_BINS = 33
+
+
+class Step(NamedTuple):
+    """One launch of an operator, or of its gradient: what it computes, or gets the gradient of."""
+
+    name: str
+    loss: bool = False
+    decode: bool = False
+    backward: bool = False
+
+
+_FORWARD = (
+    Step("dfl_loss", loss=True),
+    Step("dfl_decode", decode=True),
+    Step("dfl_loss_and_decode", loss=True, decode=True),
+    Step("decode_boxes", decode=True),
+    Step("box_loss", loss=True),
+)
+_SUMS = Step("box_loss_sums")  # the second launch of box_loss, over the parts of the first
+STEPS = {
+    step.name: step
+    for forward in _FORWARD
+    for step in (forward, forward._replace(name=f"{forward.name}_backward", backward=True))
+} | {_SUMS.name: _SUMS}
+
+
+def steps(op: str) -> tuple[str, ...]:
+    """The names of an operator's launches, in their order."""
+    return (op, _SUMS.name) if op == "box_loss" else (op,)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A runtime argument of a kernel.
+
+    `value` is the role of a tensor ("logits", "target", …) for a pointer, whose type begins with
+    "*", else the number; the type "null" is a pointer to nothing. `divisible` says that the pointer
+    or number is a multiple of 16.
+    """
+
+    name: str
+    type: str
+    value: str | int | float
+    divisible: bool = False
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How one operator runs on one problem: kernel, grid, block, arguments, constants.
+
+    `block` counts threads on NVIDIA GPUs. `shared` is the bytes of dynamic shared memory, beside
+    what the kernel itself declares; None where the compiler decides.
+    """
+
+    op: str
+    backend: str
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    arguments: tuple[Argument, ...]
+    constants: tuple[tuple[str, Any], ...]
+    shared: int | None = None
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of 32 threads in a block."""
+        return self.block[0] // 32
+
+    @property
+    def module(self) -> str:
+        """The module of `dflkern.gpu` that holds the kernel."""
+        return self.kernel.partition("_")[0]
+
+
+def blocks(n: int, block: int) -> int:
+    """How many blocks hold n."""
+    return -(-n // block)
