@@ -1,7 +1,8 @@
 """Count the compiled GPU kernels in the emulator and write results/modelled.json.
 
 No GPU takes part: registers and instructions are read from machine code, sectors are counted, and
-times are modelled (tests/helpers/ptxemu/model.py). `benchmarks/readme.py` makes tables of what this writes.
+times are modelled (tests/helpers/ptxemu/model.py). `benchmarks/readme.py` makes tables of what
+this writes.
 """
 
 from __future__ import annotations

@@ -309,7 +309,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """
     check_choice("explain", "op", op, tuple(TABLE))
     arguments = bind(globals()[op], *args, **kwargs)
-    return backends.report(TABLE[op], TABLE[op].problem(arguments), backends.requested())
+    return backends.report(TABLE[op], arguments, backends.requested())
 
 
 def _scalar(op: str, name: str, value: Tensor | float, logits: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ..operators.table import ALL
 from ..problem import Problem
 
 # The launches by name, and the operators that they belong to; box_loss has two
-OPS = {step: op for op in ALL.values() for step in steps(op.name)}
+OPS = {step: op for op in ALL.values() if op.problem for step in steps(op.name)}
 DTYPES = {name: dtype for dtype, name in ELEMENT.items()}
 BINS = (8, 16, 17, 33, 91)  # 91: a general number of bins, too many for a lane's registers
 LAYOUTS = ("rows", "columns", "strided")
@@ -170,7 +170,9 @@ def _problem(variant: Variant) -> Problem:
         if variant.layout == "strided":
             logits = torch.empty((*shape[:3], 2 * shape[3]), dtype=logits.dtype)[..., ::2]
         given = torch.empty(BATCH, ANCHORS)
-    problem = OPS[variant.op].problem({
+    describe = OPS[variant.op].problem
+    assert describe is not None
+    problem = describe({
         "logits": logits, "dim": dim, "project": given if variant.project else None,
         "margin": 0.01, "stride": given, "foreground": given, "weight": given,
     })  # fmt: skip

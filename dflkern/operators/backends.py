@@ -29,11 +29,12 @@ DESCRIPTIONS = {
 class Kind(NamedTuple):
     """All that the choice depends on: no sizes, which change from step to step.
 
-    `prefers_triton` sums up the dtype, the number of bins, the layout and the alignment; the last
-    two are those of any call on a CPU.
+    `kernels` are the backends that have kernels of the operator. `prefers_triton` sums up the dtype,
+    the number of bins, the layout and the alignment; the last two are those of any call on a CPU.
     """
 
     device: torch.device
+    kernels: tuple[str, ...]
     prefers_triton: bool = False
     beyond_grid: tuple[str, ...] = ()
 
@@ -52,24 +53,29 @@ def decide(op: Operator, arguments: Mapping[str, Any]) -> str:
         RuntimeError: if a backend other than "auto" was asked for and cannot serve the call.
     """
     name = arguments["backend"]
-    if arguments["logits"].is_cpu and name in ("auto", "cpu", "reference"):
-        choice = _choose_on_cpu(name)
+    if arguments[op.main].is_cpu and name in ("auto", "cpu", "reference"):
+        choice = _choose_on_cpu(op.kernels, name)
     else:
-        choice = choose(kind_of(op.problem(arguments)), name)
+        choice = choose(kind_of(op, arguments), name)
     if choice.backend is not None:
         return choice.backend
     reasons = "; ".join(reason for _, found in choice.refusals for reason in found)
     raise RuntimeError(
         f'{op.name}: the backend "{name}" was asked for and cannot serve this call: {reasons}. The '
-        f'call: {summary(op.problem(arguments))}. use_backend("auto") takes the best backend that '
-        "can."
+        f'call: {summary(op, arguments)}. use_backend("auto") takes the best backend that can.'
     )
 
 
+def kind_of(op: Operator, arguments: Mapping[str, Any]) -> Kind:
+    """The kind of a call."""
+    if op.problem is None:
+        return Kind(arguments[op.main].device, op.kernels)
+    return _kind_of(op.problem(arguments), op.kernels)
+
+
 @functools.lru_cache(maxsize=4096)
-def kind_of(problem: Problem) -> Kind:
-    """The kind of a call on a problem."""
-    return Kind(problem.device, prefers_triton(problem), tuple(beyond_grid(problem)))
+def _kind_of(problem: Problem, kernels: tuple[str, ...]) -> Kind:
+    return Kind(problem.device, kernels, prefers_triton(problem), tuple(beyond_grid(problem)))
 
 
 @functools.cache
@@ -77,9 +83,9 @@ def choose(kind: Kind, name: str) -> Choice:
     """The choice for a kind of call, given the requested name; the first call loads libraries."""
     refusals: list[tuple[str, tuple[str, ...]]] = []
     for backend in preference(kind) if name == "auto" else (name,):
-        if backend == kind.device.type == "cpu":
+        if backend == kind.device.type == "cpu" and backend in kind.kernels:
             cpu_library.load()
-        if backend == kind.device.type == "cuda":
+        if backend == kind.device.type == "cuda" and backend in kind.kernels:
             cuda_library.load()
         reasons = why_not(backend, kind)
         if not reasons:
@@ -89,8 +95,8 @@ def choose(kind: Kind, name: str) -> Choice:
 
 
 @functools.cache
-def _choose_on_cpu(name: str) -> Choice:
-    return choose(Kind(torch.device("cpu")), name)
+def _choose_on_cpu(kernels: tuple[str, ...], name: str) -> Choice:
+    return choose(Kind(torch.device("cpu"), kernels), name)
 
 
 def forget() -> None:
@@ -130,16 +136,22 @@ def why_not(backend: str, kind: Kind) -> list[str]:
     reasons = unavailable(backend)
     if reasons or backend == "reference":
         return reasons
+    if backend not in kind.kernels:
+        return ["it has no kernel of this operator"]
     if backend == "cpu":
         return [] if kind.device.type == "cpu" else [f"the logits are on {kind.device}"]
     device = cuda_library.why_not if backend == "cuda" else launch.why_not
     return [*device(kind.device), *kind.beyond_grid]
 
 
-def summary(problem: Problem) -> str:
-    """One line on a problem."""
+def summary(op: Operator, arguments: Mapping[str, Any]) -> str:
+    """One line on a call."""
+    main = arguments[op.main]
+    dtype = str(main.dtype).removeprefix("torch.")
+    if op.problem is None:
+        return f"{op.main} of shape {tuple(main.shape)}, {dtype} on {main.device}"
+    problem = op.problem(arguments)
     axes = " × ".join(f"{axis.size} (stride {axis.logits})" for axis in problem.axes) or "1"
-    dtype = str(problem.dtype).removeprefix("torch.")
     line = (
         f"{problem.count} distributions of {problem.num_bins} bins, {dtype} on {problem.device}, "
         f"{problem.layout} layout: {axes}, bins with stride {problem.bin_stride}"
@@ -149,10 +161,10 @@ def summary(problem: Problem) -> str:
     return line
 
 
-def report(op: Operator, problem: Problem, name: str) -> str:
+def report(op: Operator, arguments: Mapping[str, Any], name: str) -> str:
     """What `explain` prints."""
-    lines = [f"{op.name}: {summary(problem)}"]
-    kind = kind_of(problem)
+    lines = [f"{op.name}: {summary(op, arguments)}"]
+    kind = kind_of(op, arguments)
     backends = preference(kind) if name == "auto" else (name,)
     chosen = False
     for backend in backends:
@@ -164,7 +176,8 @@ def report(op: Operator, problem: Problem, name: str) -> str:
         else:
             chosen = True
             lines.append(f"  {backend}: serves it ({DESCRIPTIONS[backend]}{state(backend)})")
-            lines += _plans(op, problem, backend)
+            if op.problem is not None:
+                lines += _plans(op, op.problem(arguments), backend)
     if not chosen:
         lines.append('  the call would raise; use_backend("auto") takes a backend that can serve')
     return "\n".join(lines)

@@ -31,7 +31,7 @@ def compute(op: Operator, arguments: Arguments) -> Any:
 
 def on_cpu(op: Operator, arguments: Arguments) -> Any:
     """The results of the C++ kernels, which know no autocast."""
-    if arguments["project"] is not None or arguments["positions"] is not None:
+    if op.bins and (arguments["project"] is not None or arguments["positions"] is not None):
         arguments = with_project(arguments)
     if "reduction" in arguments and not cpu.reduces(arguments):
         return _reduced(_run_on_cpu, op, arguments)
@@ -45,8 +45,8 @@ def _run_on_cpu(op: Operator, arguments: Arguments) -> Any:
 def on_gpu(backend: str, op: Operator, arguments: Arguments) -> Any:
     """The results of the kernels of a GPU backend."""
     launched = functools.partial(_launch, backend)
-    with without_autocast(arguments["logits"].device):
-        arguments = with_project(arguments)
+    with without_autocast(arguments[op.main].device):
+        arguments = with_project(arguments) if op.bins else arguments
         if "reduction" in arguments:
             return _reduced(launched, op, arguments)
         return launched(op, arguments)
@@ -55,8 +55,8 @@ def on_gpu(backend: str, op: Operator, arguments: Arguments) -> Any:
 def on_reference(op: Operator, arguments: Arguments) -> Any:
     """The results of the reference, laid out as those of the kernels."""
     results = differentiable(op, arguments)
-    if op.gradient is None:
-        return _like_logits(results, arguments["logits"])
+    if op.is_gradient:
+        return _like(arguments[op.main], results)
     if isinstance(results, Tensor):
         return results.contiguous()
     return tuple(result.contiguous() for result in results)
@@ -72,8 +72,8 @@ RUNS: dict[str, Run] = {
 
 def differentiable(op: Operator, arguments: Arguments) -> Any:
     """The results of the reference, in operations of PyTorch that can be differentiated."""
-    with without_autocast(arguments["logits"].device):
-        return op.evaluate(with_project(arguments))
+    with without_autocast(arguments[op.main].device):
+        return op.evaluate(with_project(arguments) if op.bins else arguments)
 
 
 def with_project(arguments: Arguments) -> Arguments:
@@ -89,7 +89,7 @@ def _reduced(run: Run, op: Operator, arguments: Arguments) -> Any:
     weight, normalizer = arguments["weight"], arguments["normalizer"]
     reduction, sides = arguments["reduction"], arguments["dim"] - 1
     each = {**arguments, "weight": None, "normalizer": None, "reduction": "none"}
-    if op.gradient is None:
+    if op.is_gradient:
         shape = arguments["target"].shape
         each["grad_loss"] = reductions.upstream(
             arguments["grad_loss"], weight, normalizer, reduction, sides, shape
@@ -99,30 +99,34 @@ def _reduced(run: Run, op: Operator, arguments: Arguments) -> Any:
 
 
 def _launch(backend: str, op: Operator, arguments: Arguments) -> Any:
-    logits = arguments["logits"]
+    main = arguments[op.main]
+    assert op.problem is not None
     problem = op.problem(arguments)
     if problem.copied:
-        arguments = {**arguments, "logits": logits.contiguous()}
+        arguments = {**arguments, op.main: main.contiguous()}
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     results = dict(zip(op.results, empty_results(op, arguments), strict=True))
     launch.run(op.name, problem, backend, tensors, results)
-    if op.gradient is None:
-        return _like_logits(results["grad_logits"], logits)
+    if op.is_gradient:
+        return _like(main, results[op.results[0]])
     return results[op.results[0]] if len(results) == 1 else tuple(results.values())
 
 
 def empty_results(op: Operator, arguments: Arguments) -> list[Tensor]:
     """Memory for what an operator returns."""
-    logits: Tensor = arguments["logits"]
-    if op.shape is None:
-        return [torch.empty_like(logits)]
-    shape, dtype = op.shape(**arguments), compute_dtype(logits.dtype)
-    return [logits.new_empty(shape, dtype=dtype) for _ in op.results]
+    main: Tensor = arguments[op.main]
+    if op.is_gradient:
+        return [torch.empty_like(main)]
+    if op.allocate is not None:
+        return list(op.allocate(**arguments))
+    assert op.shape is not None
+    shape, dtype = op.shape(**arguments), compute_dtype(main.dtype)
+    return [main.new_empty(shape, dtype=dtype) for _ in op.results]
 
 
-def _like_logits(gradient: Tensor, logits: Tensor) -> Tensor:
-    """The gradient with the strides of torch.empty_like(logits)."""
-    result = torch.empty_like(logits)
+def _like(main: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides of torch.empty_like(main)."""
+    result = torch.empty_like(main)
     if gradient.stride() == result.stride():
         return gradient
     return result.copy_(gradient)

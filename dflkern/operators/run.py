@@ -31,12 +31,12 @@ def call(op: Operator, **arguments: Any) -> Any:
     if _binding.get():
         return arguments
     arguments["backend"] = backends.requested()
-    logits = arguments["logits"]
-    if not is_plain(logits):
+    main = arguments[op.main]
+    if not is_plain(main):
         return observed(op, arguments)
     run = RUNS[backends.decide(op, arguments)]
-    if logits.requires_grad and torch.is_grad_enabled():
-        return _FastPath.apply(logits, op, arguments, run)
+    if main.requires_grad and torch.is_grad_enabled() and op.gradient is not None:
+        return _FastPath.apply(main, op, arguments, run)
     return run(op, arguments)
 
 
@@ -76,7 +76,7 @@ def setup_context(
 
 
 def gradient(ctx: Any, grads: Sequence[Tensor | None], run: Run) -> Any:
-    """The gradient of the logits, by a run of its operator; None without upstream gradients."""
+    """The gradient of the first tensor, by its operator; None without upstream gradients."""
     op, arguments = ctx.op, ctx.others.copy()
     for name, tensor in zip(ctx.names, ctx.saved_tensors, strict=True):
         arguments[name] = tensor
@@ -100,7 +100,7 @@ class _FastPath(torch.autograd.Function):
     """An operator on plain tensors, past the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, op: Operator, arguments: Arguments, run: Run) -> Any:
+    def forward(ctx: Any, main: Tensor, op: Operator, arguments: Arguments, run: Run) -> Any:
         """Run, and save what the gradient reads."""
         ctx.run = run
         if op.saved_on_cpu and run is on_cpu:
@@ -114,6 +114,6 @@ class _FastPath(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        """The gradient of the logits, traced by whoever compiles or transforms the backward."""
+        """The gradient of the first tensor; a compiler or transform sees its operations."""
         traced = torch.compiler.is_compiling() or is_transformed()
         return gradient(ctx, grads, observed if traced else ctx.run), None, None, None

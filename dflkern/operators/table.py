@@ -9,7 +9,7 @@ To add a parameter: the public function in `api`, its record here, the reference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,8 +37,8 @@ class Setting(NamedTuple):
 class Operator:
     """One operator, or the gradient of one.
 
-    Every operator also takes project, positions and dim, between its tensors and its settings, and
-    the requested backend last. Only the logits get a gradient.
+    Every operator also takes dim, between its tensors and its settings, and the requested backend
+    last; with `bins` also project and positions, before dim. Only the first tensor gets a gradient.
 
     Attributes:
         name: in torch.ops.dflkern.
@@ -47,14 +47,20 @@ class Operator:
         results: what it returns. Upstream gradients are named after them: grad_loss for loss,
             grad_iou for iou_loss.
         forward: the reference, with the schema's names but positions and backend.
-        problem: what a GPU kernel needs to know of the arguments.
-        shape: the shape of each result by the arguments.
+        problem: what a GPU kernel needs to know of the arguments; None without GPU kernels.
+        shape: the shape of each result by the arguments, all in the compute dtype.
+        allocate: memory for the results by the arguments, where they differ in shape or dtype.
+        bins: whether the first tensor holds distributions over bins, with positions.
+        kernels: the backends that have kernels, beside the reference.
         saved: the tensors that the gradient reads.
-        backward: the reference of the gradient, which can be differentiated; None for a gradient.
+        backward: the reference of the gradient, which can be differentiated; None for a gradient,
+            and for an operator without one.
         saved_on_cpu: what is saved instead if the CPU kernels serve the call, through the operators
             `_cpu_<name>_keep`, whose last results they are, and `_cpu_<name>_backward_kept`.
         parts: for each result, the operator that has it alone: its gradient serves where only that
             upstream gradient is given. Without parts, all are given.
+        main: the name of the first tensor; in a gradient, of the operator's first.
+        is_gradient: whether it is the gradient of an operator.
         names: of all arguments, in the order of the schema.
         upstream: the names of the upstream gradients.
         absent: all tensors by name, as None.
@@ -66,22 +72,29 @@ class Operator:
     settings: tuple[Setting, ...]
     results: tuple[str, ...]
     forward: Callable[..., Any]
-    problem: Callable[[Mapping[str, Any]], Problem]
+    problem: Callable[[Mapping[str, Any]], Problem] | None = None
     shape: Callable[..., tuple[int, ...]] | None = None
+    allocate: Callable[..., Sequence[Tensor]] | None = None
+    bins: bool = True
+    kernels: tuple[str, ...] = ("cpu", "triton", "cuda")
     saved: tuple[str, ...] = ()
     backward: Callable[..., Tensor] | None = None
     saved_on_cpu: tuple[str, ...] = ()
     parts: tuple[Operator, ...] = ()
+    main: str = ""
+    is_gradient: bool = False
     names: tuple[str, ...] = field(init=False)
     upstream: tuple[str, ...] = field(init=False)
     absent: dict[str, None] = field(init=False)
     gradient: Operator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        tensors = (*(tensor.removesuffix("?") for tensor in self.tensors), "project")
-        settings = (setting.name for setting in self.settings)
+        tensors = tuple(tensor.removesuffix("?") for tensor in self.tensors)
+        others = ("positions", "dim", *(setting.name for setting in self.settings), "backend")
+        tensors, others = (*tensors, "project") if self.bins else tensors, others[not self.bins :]
         derived: Arguments = {
-            "names": (*tensors, "positions", "dim", *settings, "backend"),
+            "main": self.main or tensors[0],
+            "names": (*tensors, *others),
             "upstream": tuple(f"grad_{result.removesuffix('_loss')}" for result in self.results),
             "absent": dict.fromkeys(tensors),
         }
@@ -93,9 +106,13 @@ class Operator:
                     *(t for t in self.tensors if t.removesuffix("?") in self.saved),
                 ),
                 settings=self.settings,
-                results=("grad_logits",),
+                results=(f"grad_{tensors[0]}",),
                 forward=self.backward,
                 problem=self.problem,
+                bins=self.bins,
+                kernels=self.kernels,
+                main=tensors[0],
+                is_gradient=True,
             )
         for name, value in derived.items():
             object.__setattr__(self, name, value)  # the record is frozen
@@ -105,9 +122,8 @@ class Operator:
         """As torch.library takes it."""
         tensors = [f"Tensor{'?' * t.endswith('?')} {t.removesuffix('?')}" for t in self.tensors]
         settings = [f"{setting.type} {setting.name}" for setting in self.settings]
-        arguments = [
-            *tensors, "Tensor? project", "float[]? positions", "int dim", *settings, "str backend"
-        ]  # fmt: skip
+        positions = ["Tensor? project", "float[]? positions"] if self.bins else []
+        arguments = [*tensors, *positions, "int dim", *settings, "str backend"]
         results = ", ".join("Tensor" for _ in self.results)
         returns = f"({results})" if len(self.results) > 1 else results
         return f"{self.name}({', '.join(arguments)}) -> {returns}"

@@ -185,7 +185,7 @@ def _make_special(rows, boxes, weight, foreground):
 def outputs_for(case, problem, logits):
     """Empty results by step and role."""
     wide = wide_of(logits)
-    if ALL[case.op].gradient is None:
+    if ALL[case.op].is_gradient:
         return {case.op: {"grad_logits": torch.empty_like(logits)}}
     if case.op == "decode_boxes":
         shape = (problem.batch, problem.anchors, 4)

@@ -209,7 +209,7 @@ def _make_special(rows, target):
 
 def outputs_for(case, logits, dim):
     """Empty results by role."""
-    if ALL[case.op].gradient is None:
+    if ALL[case.op].is_gradient:
         return {"grad_logits": torch.empty_like(logits)}
     shape = [size for axis, size in enumerate(logits.shape) if axis != dim]
     empty = torch.empty(shape, dtype=compute_dtype(logits.dtype))

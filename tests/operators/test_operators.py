@@ -30,7 +30,7 @@ def arguments(op, logits, dim, backend, **others):
         **others,
     }
     given = {**op.defaults, **given}
-    if op.gradient is None:
+    if op.is_gradient:
         forward = TABLE[op.name.removesuffix("_backward")]
         results = forward.shape(**given) if forward.shape else shape
         given |= {name: torch.randn(results, device=logits.device) for name in forward.upstream}

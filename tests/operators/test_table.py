@@ -131,6 +131,44 @@ def toy():
     library._destroy()
 
 
+def longest(scores, labels, dim, offset):
+    return scores.argmax(dim).int(), (scores.amax(dim) + offset).float()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_record_without_bins_and_without_a_gradient(fast, monkeypatch):
+    monkeypatch.setattr(modes, "FAST_PATH", fast)
+    op = Operator(
+        name="toy_longest",
+        tensors=("scores", "labels?"),
+        settings=(Setting("offset", "float"),),
+        results=("index", "score"),
+        forward=longest,
+        allocate=lambda *, scores, **others: (
+            scores.new_empty(scores.shape[0], dtype=torch.int32), scores.new_empty(scores.shape[0])
+        ),
+        bins=False,
+        kernels=(),
+    )  # fmt: skip
+    library = torch.library.Library("dflkern", "FRAGMENT")
+    register(op, library)
+    try:
+        assert op.schema == (
+            "toy_longest(Tensor scores, Tensor? labels, int dim, float offset, str backend) "
+            "-> (Tensor, Tensor)"
+        )
+        scores = torch.tensor([[1.0, 3.0], [2.0, 0.0]], requires_grad=True)
+        index, score = call(op, scores=scores, labels=None, dim=1, offset=1.0)
+        assert index.tolist() == [1, 0]
+        assert index.dtype == torch.int32
+        assert score.tolist() == [4.0, 3.0]
+        opcheck(torch.ops.dflkern.toy_longest, (scores.detach(), None, 1, 1.0, "auto"))
+        with dflkern.use_backend("cpu"), pytest.raises(RuntimeError, match="no kernel of this"):
+            call(op, scores=scores, labels=None, dim=1, offset=1.0)
+    finally:
+        library._destroy()
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_record_is_all_that_an_operator_needs(toy, fast, monkeypatch):
     monkeypatch.setattr(modes, "FAST_PATH", fast)
