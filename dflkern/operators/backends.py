@@ -29,8 +29,8 @@ DESCRIPTIONS = {
 class Kind(NamedTuple):
     """All that the choice depends on: no sizes, which change from step to step.
 
-    `kernels` are the backends that have kernels of the operator. `prefers_triton` sums up the dtype,
-    the number of bins, the layout and the alignment; the last two are those of any call on a CPU.
+    `kernels` are the backends that have kernels of the operator. `prefers_triton` sums up dtype,
+    number of bins, layout and alignment. It and `beyond_grid` have one value on CPUs.
     """
 
     device: torch.device
