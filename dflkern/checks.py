@@ -21,7 +21,7 @@ Project: TypeAlias = Sequence[float] | Tensor | None
 MIN_BINS, MAX_BINS = 2, 256
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "sum", "mean", "side_mean")
-BOX_FORMATS = ("xyxy", "xywh")
+BOX_FORMATS = ("xyxy", "cxcywh")
 IOU_KINDS = ("iou", "giou", "diou", "ciou")
 
 
@@ -270,6 +270,17 @@ def check_choice(op: str, name: str, value: object, accepted: Sequence[str]) -> 
             + ", ".join(repr(a) for a in accepted)
             + "."
         )
+
+
+def check_box_format(op: str, box_format: object) -> None:
+    """One of the known formats. "xywh" is refused, since it has two meanings."""
+    if box_format == "xywh":
+        raise ValueError(
+            f'{op}: box_format="xywh" means corner and size in some libraries, centre and size in '
+            'others. Write "cxcywh" for centre, width and height; for corner and size, convert '
+            '"xyxy" boxes: torchvision.ops.box_convert(boxes, "xyxy", "xywh").'
+        )
+    check_choice(op, "box_format", box_format, BOX_FORMATS)
 
 
 def check_box_logits(op: str, logits: Tensor, dim: int) -> int:

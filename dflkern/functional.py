@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .checks import (
-    BOX_FORMATS,
     IOU_KINDS,
     Project,
     check_anchor_points,
+    check_box_format,
     check_box_logits,
     check_choice,
     check_logits,
@@ -192,7 +192,7 @@ def decode_boxes(
         stride: pixels per cell: a number, (A,) or (A, 1); None leaves the boxes in cells.
         dim: the axis of the bins, -1 or 2.
         project: W, the position of each bin in cells; see `dfl_decode`.
-        box_format: "xyxy", or "xywh" for centre, width and height.
+        box_format: "xyxy", or "cxcywh" for centre, width and height.
 
     Returns:
         (B, A, 4) for dim=-1, (B, 4, A) for dim=2, in pixels when given stride, else in cells; fp64
@@ -214,7 +214,7 @@ def decode_boxes(
         check_shape(op, "stride", stride, (anchors, 1), (anchors,))
     elif stride is not None:
         stride = _filled(op, "stride", stride, (anchors,), logits)
-    check_choice(op, "box_format", box_format, BOX_FORMATS)
+    check_box_format(op, box_format)
     project, positions = check_project(op, project, 0.0, logits, logits.shape[dim])
     boxes: Tensor = call(
         DECODE_BOXES, logits=logits, anchor_points=anchor_points, stride=stride, project=project,

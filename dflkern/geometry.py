@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from .checks import (
-    BOX_FORMATS,
+    check_box_format,
     check_boxes,
     check_broadcast,
-    check_choice,
     check_margin,
     check_number,
     check_tensor,
@@ -113,7 +112,7 @@ def dist2bbox(distances: Tensor, anchor_points: Tensor, *, box_format: str = "xy
     Args:
         distances: (…, 4) as left, top, right, bottom.
         anchor_points: (…, 2) as (x, y), in the unit of the distances; leading axes broadcast.
-        box_format: "xyxy", or "xywh" for centre, width and height.
+        box_format: "xyxy", or "cxcywh" for centre, width and height.
 
     Returns:
         (…, 4) boxes, fp64 if an input is fp64, else fp32, in the unit of the inputs.
@@ -126,7 +125,7 @@ def dist2bbox(distances: Tensor, anchor_points: Tensor, *, box_format: str = "xy
     _check_anchors("dist2bbox", anchor_points)
     shapes = {"distances": distances.shape[:-1], "anchor_points": anchor_points.shape[:-1]}
     check_broadcast("dist2bbox", **shapes)
-    check_choice("dist2bbox", "box_format", box_format, BOX_FORMATS)
+    check_box_format("dist2bbox", box_format)
     distances, anchor_points = same_precision(distances, anchor_points)
     left_top, right_bottom = distances.chunk(2, -1)
     x1y1, x2y2 = anchor_points - left_top, anchor_points + right_bottom
@@ -136,27 +135,24 @@ def dist2bbox(distances: Tensor, anchor_points: Tensor, *, box_format: str = "xy
 
 
 def dfl_targets(
-    boxes_in_pixels: Tensor,
+    boxes: Tensor,
     anchor_points: Tensor,
     stride: Tensor | float,
     num_bins: int,
     *,
     margin: float = 0.01,
 ) -> Tensor:
-    """DFL targets of assigned boxes, the one right way: pixels in, cells out.
+    """DFL targets of assigned boxes: boxes in pixels, anchor points and targets in cells.
 
-    Anchor points and boxes are divided by the stride, the distances between them taken, and clamped
-    to [0, num_bins − 1 − margin]:
+    The distances from the anchor point to the sides of box / stride, clamped to
+    [0, num_bins − 1 − margin]:
 
-        (x − x1, y − y1, x2 − x, y2 − y) / stride
-
-    Everything that goes in is in pixels. `make_anchors` gives anchor points in cells, so call
-
-        dfl_targets(boxes, anchor_points * stride, stride, num_bins)
+        (x − x1 / stride, y − y1 / stride, x2 / stride − x, y2 / stride − y)
 
     Args:
-        boxes_in_pixels: (…, 4) as xyxy, the box assigned to each anchor point.
-        anchor_points: (…, 2) as (x, y), in pixels; leading axes broadcast against the boxes'.
+        boxes: (…, 4) as xyxy in pixels, the box assigned to each anchor point.
+        anchor_points: (…, 2) as (x, y) in cells, from `make_anchors`; leading axes broadcast
+            against the boxes'.
         stride: pixels per cell of each anchor point: a number, or a tensor (A,) or (A, 1).
         num_bins: K, the number of channels a side has in the head (Ultralytics' reg_max; mmdet's
             reg_max + 1).
@@ -172,7 +168,7 @@ def dfl_targets(
 
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
-    check_boxes("dfl_targets", "boxes_in_pixels", boxes_in_pixels)
+    check_boxes("dfl_targets", "boxes", boxes)
     _check_anchors("dfl_targets", anchor_points)
     check_margin("dfl_targets", margin)
     if not isinstance(num_bins, int) or num_bins < 2:
@@ -180,13 +176,13 @@ def dfl_targets(
             f"dfl_targets: num_bins={num_bins}; a distribution has at least 2 bins, "
             "and a whole number of them."
         )
-    boxes, anchor_points = same_precision(boxes_in_pixels, anchor_points)
+    boxes, anchor_points = same_precision(boxes, anchor_points)
     if isinstance(stride, Tensor):
         _check_strides(stride, boxes, anchor_points)
         stride = column(savable(stride)).to(boxes.dtype)
     else:
         stride = _stride("dfl_targets", stride)
-    return bbox2dist(anchor_points / stride, boxes / stride, num_bins - 1, margin=margin)
+    return bbox2dist(anchor_points, boxes / stride, num_bins - 1, margin=margin)
 
 
 def column(stride: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 
 import pytest
@@ -24,6 +25,39 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def pytest_addoption(parser):
     words = "run every N-th of the tests that are selected, such as a sample of -m ptx_full"
     parser.addoption("--every", type=int, default=1, metavar="N", help=words)
+
+
+QUICK = {
+    "contract": ("contract", "errors", "identities", "pinned_values", "parity", "masks"),
+    "operators": ("table", "use_backend"),
+    "cpu": ("box_kernels",),
+    "gpu": ("plans", "box_gpu_backends"),
+}
+# Triton's interpreter takes a second a case
+INTERPRETED_CASES = (
+    "test_layouts[triton-interpreted-16-rows-both]",
+    "test_layouts[triton-interpreted-16-columns-both]",
+    "test_decode_boxes[triton-interpreted-rows-16-",
+    "test_box_loss[triton-interpreted-rows-16-",
+)
+
+
+def _is_quick(item):
+    """Whether `-m quick` runs a test: the contract, and every kernel family at 16 bins."""
+    folder, module = item.path.parent.name, item.path.stem.removeprefix("test_")
+    if module not in QUICK.get(folder, ()):
+        return False
+    case = item.nodeid.rpartition("::")[2]
+    if "triton-interpreted" in case:
+        return case.startswith(INTERPRETED_CASES)
+    if module in ("parity", "box_kernels"):
+        return "16" in re.split(r"[\[\]-]", case)
+    return "gradcheck" not in case or "[cpu-rows" in case
+
+
+def pytest_itemcollected(item):
+    if _is_quick(item):
+        item.add_marker("quick")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k

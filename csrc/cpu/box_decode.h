@@ -13,13 +13,13 @@ struct Sides {
 
 // The box of one anchor, in place of its distances.
 template <class F>
-DFL_INLINE void to_box(const F* point, const F* stride, bool xywh, F* box) {
+DFL_INLINE void to_box(const F* point, const F* stride, bool cxcywh, F* box) {
   using V = typename Sides<F>::Vector;
   const V sign{-1, -1, 1, 1}, anchor{point[0], point[1], point[0], point[1]};
   V distances;
   std::memcpy(&distances, box, sizeof(distances));
   V result = anchor + sign * distances;
-  if (xywh) {
+  if (cxcywh) {
     const V opposite{result[2], result[3], result[0], result[1]};
     const V centre = (result + opposite) / F(2), size = result - opposite;
     result = V{centre[0], centre[1], size[2], size[3]};
@@ -52,7 +52,7 @@ void to_boxes_of_block(const Call& call, int64_t output, int lanes, F* values) {
   }
   int64_t anchor = output / kSides % boxes.anchors;
   for (int i = 0; i < lanes; i += kSides) {
-    to_box(points + 2 * anchor, stride ? stride + anchor : nullptr, boxes.xywh, values + i);
+    to_box(points + 2 * anchor, stride ? stride + anchor : nullptr, boxes.cxcywh, values + i);
     if (++anchor == boxes.anchors) anchor = 0;
   }
 }

@@ -68,7 +68,7 @@ void list_set(const uint8_t* mask, int64_t stride, int64_t anchors, int64_t firs
 }  // namespace
 
 template <class F>
-void to_boxes(const BoxLayout& layout, const F* points, const F* stride, bool xywh, int64_t begin,
+void to_boxes(const BoxLayout& layout, const F* points, const F* stride, bool cxcywh, int64_t begin,
               int64_t end, F* boxes) {
   const int64_t side = layout.side_step();
   each_anchor(layout, begin, end, [=](int64_t anchor, int64_t offset) {
@@ -76,7 +76,7 @@ void to_boxes(const BoxLayout& layout, const F* points, const F* stride, bool xy
     const F x = points[2 * anchor], y = points[2 * anchor + 1];
     const F scale = stride ? stride[anchor] : F(1);
     F x1 = x - box[0], y1 = y - box[side], x2 = x + box[2 * side], y2 = y + box[3 * side];
-    if (xywh) {
+    if (cxcywh) {
       const F width = x2 - x1, height = y2 - y1;
       x1 = (x1 + x2) / 2;
       y1 = (y1 + y2) / 2;
@@ -91,7 +91,7 @@ void to_boxes(const BoxLayout& layout, const F* points, const F* stride, bool xy
 }
 
 template <class F>
-void to_distance_gradients(const BoxLayout& layout, const F* stride, bool xywh, int64_t begin,
+void to_distance_gradients(const BoxLayout& layout, const F* stride, bool cxcywh, int64_t begin,
                            int64_t end, const F* grad_boxes, F* grad_distances) {
   const int64_t side = layout.side_step();
   each_anchor(layout, begin, end, [=](int64_t anchor, int64_t offset) {
@@ -101,8 +101,8 @@ void to_distance_gradients(const BoxLayout& layout, const F* stride, bool xywh, 
     for (int axis = 0; axis < 2; ++axis) {
       const F first = from[axis * side] * scale, second = from[(axis + 2) * side] * scale;
       // Centre = anchor + (rb - lt) / 2, size = lt + rb
-      to[axis * side] = xywh ? second - first / 2 : -first;
-      to[(axis + 2) * side] = xywh ? second + first / 2 : second;
+      to[axis * side] = cxcywh ? second - first / 2 : -first;
+      to[(axis + 2) * side] = cxcywh ? second + first / 2 : second;
     }
   });
 }

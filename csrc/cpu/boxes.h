@@ -22,12 +22,12 @@ struct BoxLayout {
 // dist2bbox in place, for boxes (of all images) begin to end. `points` holds x and y of each anchor,
 // `stride` its pixels per cell or null.
 template <class F>
-void to_boxes(const BoxLayout& layout, const F* points, const F* stride, bool xywh, int64_t begin,
+void to_boxes(const BoxLayout& layout, const F* points, const F* stride, bool cxcywh, int64_t begin,
               int64_t end, F* boxes);
 
 // The gradient of the distances from that of the boxes.
 template <class F>
-void to_distance_gradients(const BoxLayout& layout, const F* stride, bool xywh, int64_t begin,
+void to_distance_gradients(const BoxLayout& layout, const F* stride, bool cxcywh, int64_t begin,
                            int64_t end, const F* grad_boxes, F* grad_distances);
 
 // A tensor (batch, anchors) or (batch, anchors, classes) of any floating-point type.

@@ -52,9 +52,9 @@ const void* data_of(const MaybeTensor& tensor) {
 
 // Whether boxes are centre and size, and not corners.
 bool is_centred(const std::string& box_format) {
-  STD_TORCH_CHECK(box_format == "xyxy" || box_format == "xywh", "dflkern: there is no box format ",
+  STD_TORCH_CHECK(box_format == "xyxy" || box_format == "cxcywh", "dflkern: there is no box format ",
                   box_format);
-  return box_format == "xywh";
+  return box_format == "cxcywh";
 }
 
 Iou iou_of(const std::string& name) {
@@ -67,7 +67,7 @@ Iou iou_of(const std::string& name) {
 
 Tensor decode_boxes(Tensor logits, Tensor anchor_points, MaybeTensor stride, MaybeTensor project,
                     int64_t dim, std::string box_format) {
-  const bool xywh = is_centred(box_format);
+  const bool cxcywh = is_centred(box_format);
   const BoxLayout layout = layout_of(logits, dim);
   OutputShape shape;
   Call call = describe(logits, dim, 0, shape);
@@ -75,7 +75,7 @@ Tensor decode_boxes(Tensor logits, Tensor anchor_points, MaybeTensor stride, May
   const Tensor points = numbers("anchor_points", anchor_points, 2 * layout.anchors, call);
   const MaybeTensor cells = stride_of(stride, layout, call);
   Tensor boxes = shape.empty(call);
-  const BoxDecode decode{points.const_data_ptr(), data_of(cells), xywh, layout.anchors,
+  const BoxDecode decode{points.const_data_ptr(), data_of(cells), cxcywh, layout.anchors,
                          layout.sides_last};
   call.position = true;
   call.position_out = boxes.mutable_data_ptr();
@@ -86,7 +86,7 @@ Tensor decode_boxes(Tensor logits, Tensor anchor_points, MaybeTensor stride, May
     using F = decltype(zero);
     const auto convert = [&](int64_t begin, int64_t end) {
       to_boxes(layout, static_cast<const F*>(points.const_data_ptr()),
-               static_cast<const F*>(data_of(cells)), xywh, begin, end,
+               static_cast<const F*>(data_of(cells)), cxcywh, begin, end,
                static_cast<F*>(boxes.mutable_data_ptr()));
     };
     in_parallel(layout.batch * layout.anchors, kAnchorsPerThread, convert);
@@ -96,7 +96,7 @@ Tensor decode_boxes(Tensor logits, Tensor anchor_points, MaybeTensor stride, May
 
 Tensor decode_boxes_backward(Tensor grad_boxes, Tensor logits, MaybeTensor stride,
                              MaybeTensor project, int64_t dim, std::string box_format) {
-  const bool xywh = is_centred(box_format);
+  const bool cxcywh = is_centred(box_format);
   const BoxLayout layout = layout_of(logits, dim);
   OutputShape shape;
   Call call = describe(logits, dim, 0, shape);
@@ -108,7 +108,7 @@ Tensor decode_boxes_backward(Tensor grad_boxes, Tensor logits, MaybeTensor strid
     using F = decltype(zero);
     const auto convert = [&](int64_t begin, int64_t end) {
       const auto* from = static_cast<const F*>(upstream.const_data_ptr());
-      to_distance_gradients(layout, static_cast<const F*>(data_of(cells)), xywh, begin, end, from,
+      to_distance_gradients(layout, static_cast<const F*>(data_of(cells)), cxcywh, begin, end, from,
                             static_cast<F*>(distances.mutable_data_ptr()));
     };
     in_parallel(layout.batch * layout.anchors, kAnchorsPerThread, convert);

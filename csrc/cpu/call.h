@@ -33,7 +33,7 @@ struct Values {
 struct BoxDecode {
   const void* points;
   const void* stride;
-  bool xywh;
+  bool cxcywh;
   int64_t anchors;  // in an image
   bool sides_last;  // the outputs are (batch, anchors, kSides), else (batch, kSides, anchors)
 };

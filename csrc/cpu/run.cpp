@@ -209,7 +209,7 @@ bool gives_boxes(const Call& call) {
   if (call.boxes == nullptr) return false;
   if (!call.columns) return call.boxes->sides_last;
   const Axis& line = call.axis[call.axes - 1];
-  return !call.boxes->xywh && line.output == 1 && line.size == call.boxes->anchors;
+  return !call.boxes->cxcywh && line.output == 1 && line.size == call.boxes->anchors;
 }
 
 void run(const Call& call, int64_t begin, int64_t end) {

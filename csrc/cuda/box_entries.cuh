@@ -16,8 +16,8 @@
 #define DFL_BOX_GRADS_VALUES \
   grad_batch_stride, grad_anchor_stride, grad_side_stride, grad_bin_stride
 #define DFL_BOX_STRIDES \
-  int64_t xywh, int64_t box_batch_stride, int64_t box_anchor_stride, int64_t box_side_stride
-#define DFL_BOX_STRIDES_VALUES xywh, box_batch_stride, box_anchor_stride, box_side_stride
+  int64_t cxcywh, int64_t box_batch_stride, int64_t box_anchor_stride, int64_t box_side_stride
+#define DFL_BOX_STRIDES_VALUES cxcywh, box_batch_stride, box_anchor_stride, box_side_stride
 #define DFL_BOX_WEIGHT                                                                          \
   int64_t iou, int64_t weight_type, int64_t classes, int64_t weight_batch_stride,               \
       int64_t weight_anchor_stride, int64_t weight_class_stride

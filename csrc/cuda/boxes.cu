@@ -56,7 +56,7 @@ __device__ __forceinline__ void decode_forward(DFL_DECODE_FORWARD(T)) {
     distance[s] = measure_side<T, K, false>(logits + s * at.side, at, all, F(0)).expected;
   }
   Box<F> box = around(anchor_at(points, anchor), distance);
-  if (xywh) {
+  if (cxcywh) {
     box = {(box.x1 + box.x2) * F(0.5), (box.y1 + box.y2) * F(0.5), box.x2 - box.x1,
            box.y2 - box.y1};
   }
@@ -85,7 +85,7 @@ __device__ __forceinline__ void decode_backward(DFL_DECODE_BACKWARD(T)) {
     const F second = __ldg(grad_boxes + (s % 2 + 2) * box_side_stride) * scale;
     // Centre = anchor + (rb - lt) / 2, size = lt + rb
     F by_position = s < 2 ? -first : second;
-    if (xywh) by_position = s < 2 ? second - first * F(0.5) : second + first * F(0.5);
+    if (cxcywh) by_position = s < 2 ? second - first * F(0.5) : second + first * F(0.5);
     write_side<T, K, false>(logits + s * at.side, at, grad_logits + s * to.side, to, all, true,
                             F(0), F(0), by_position);
   }

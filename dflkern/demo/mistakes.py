@@ -38,7 +38,7 @@ def box_targets(boxes: Tensor, points: Tensor, strides: Tensor, config: Config) 
         scale = 1 if "pixels" in config.mistakes else config.num_bins / config.image_size
         return (boxes * scale).clamp(0, config.num_bins - 1e-6)
     unit = 1.0 if "pixels" in config.mistakes else strides
-    return dfl_targets(boxes, points, unit, config.num_bins)
+    return dfl_targets(boxes, points / unit, unit, config.num_bins)
 
 
 def over_sides(losses: Tensor, config: Config) -> Tensor:

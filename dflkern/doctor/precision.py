@@ -37,7 +37,7 @@ def clamp(evidence: Evidence) -> Iterator[Finding]:
         "is none",
         f"Targets were computed in {name}. Losses that look up both bins read one beyond the end "
         "(IndexError, or a device-side assert on CUDA); dflkern clamps again in fp32.",
-        "targets = dflkern.dfl_targets(boxes.float(), (anchor_points * stride).float(), stride, "
+        "targets = dflkern.dfl_targets(boxes.float(), anchor_points.float(), stride, "
         f"{evidence.num_bins})",
         share,
     )

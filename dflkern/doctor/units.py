@@ -13,7 +13,7 @@ from .readings import FITS, OUT, Guess, best_reading, fractions, inverted, on_bi
 from .words import number, percent, row
 
 ENOUGH = 20  # rows, below which nothing is concluded from how targets are distributed
-RIGHT = "targets = dflkern.dfl_targets(boxes, anchor_points * stride, stride, {num_bins})"
+RIGHT = "targets = dflkern.dfl_targets(boxes, anchor_points, stride, {num_bins})"
 
 
 def units(evidence: Evidence) -> Iterator[Finding]:

@@ -54,7 +54,7 @@ def decode_boxes_backward(
     if stride is not None:
         grad = grad * column(stride).to(grad.dtype)
     first, second = grad.chunk(2, -1)
-    if box_format == "xywh":  # centre = anchor + (rb − lt)/2, size = lt + rb
+    if box_format == "cxcywh":  # centre = anchor + (rb − lt)/2, size = lt + rb
         first, second = second - first / 2, second + first / 2
     else:
         first = -first

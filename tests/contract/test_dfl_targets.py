@@ -13,12 +13,12 @@ def test_anchor_inside_a_box():
     assert torch.equal(dflkern.dfl_targets(box, anchor, 1, 16), expected)
     assert torch.equal(dflkern.bbox2dist(anchor, box, 15), expected)
     assert torch.equal(dflkern.bbox2dist(anchor, box), expected)
-    assert torch.equal(dflkern.dfl_targets(box * 8, anchor * 8, 8, 16), expected)
+    assert torch.equal(dflkern.dfl_targets(box * 8, anchor, 8, 16), expected)
 
 
 def test_200_pixels_at_stride_8():
-    """A 200 × 200 box around the anchor at (200, 200): 100 pixels, 12.5 cells, to every side."""
-    box, anchor = torch.tensor([[100.0, 100.0, 300.0, 300.0]]), torch.tensor([[200.0, 200.0]])
+    """A 200 × 200 box around the anchor at (25, 25): 100 pixels, 12.5 cells, to every side."""
+    box, anchor = torch.tensor([[100.0, 100.0, 300.0, 300.0]]), torch.tensor([[25.0, 25.0]])
     expected = torch.full((1, 4), 12.5)
     for stride in (8, 8.0, torch.tensor(8.0), torch.tensor([8.0]), torch.tensor([[8.0]])):
         assert torch.equal(dflkern.dfl_targets(box, anchor, stride, 16), expected)
@@ -28,7 +28,7 @@ def test_the_mistakes_give_other_numbers():
     """Normalised coordinates, and distances without the stride, as in the failed training."""
     box, anchor = torch.tensor([[100.0, 100.0, 300.0, 300.0]]), torch.tensor([[200.0, 200.0]])
     coordinates = (box / 640 * 16).clamp(0, 16)
-    right = dflkern.dfl_targets(box, anchor, 8, 16)
+    right = dflkern.dfl_targets(box, anchor / 8, 8, 16)
     assert coordinates[0].tolist() == pytest.approx([2.5, 2.5, 7.5, 7.5])
     assert not torch.isclose(coordinates, right).any()
     no_stride = dflkern.bbox2dist(anchor, box, 15)
@@ -51,7 +51,7 @@ def test_sixteen_bins_are_never_read_at_the_seventeenth(backend, device, dtype, 
 
 def test_clamp_is_below_the_last_bin():
     box = torch.tensor([[-1000.0, 300.0, 5000.0, 5000.0]])
-    anchor = torch.tensor([[204.0, 204.0]])
+    anchor = torch.tensor([[25.5, 25.5]])
     targets = dflkern.dfl_targets(box, anchor, 8, 16)
     assert targets.dtype == torch.float32
     assert targets[0].tolist() == pytest.approx([14.99, 0, 14.99, 14.99])
@@ -61,16 +61,16 @@ def test_clamp_is_below_the_last_bin():
 
 
 def test_anchors_of_all_levels():
-    """Everything goes in in pixels: anchor points of make_anchors are cells, so times stride."""
+    """Anchor points and stride as make_anchors gives them."""
     anchors, stride = dflkern.make_anchors([(8, 8), (4, 4), (2, 2)], [8, 16, 32])
     box = torch.tensor([10.0, 12.0, 50.0, 44.0])
-    targets = dflkern.dfl_targets(box, anchors * stride, stride, 16)
+    targets = dflkern.dfl_targets(box, anchors, stride, 16)
     assert targets.shape == (84, 4)
     inside = (targets > 0).all(-1)
     decoded = dflkern.dist2bbox(targets[inside], anchors[inside]) * stride[inside]
     assert inside.sum() > 10
     torch.testing.assert_close(decoded, box.expand_as(decoded))
-    batched = dflkern.dfl_targets(box.expand(2, 84, 4), anchors * stride, stride[:, 0], 16)
+    batched = dflkern.dfl_targets(box.expand(2, 84, 4), anchors, stride[:, 0], 16)
     assert torch.equal(batched, targets.expand(2, 84, 4))
 
 

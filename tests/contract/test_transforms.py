@@ -33,7 +33,7 @@ def both(z):
 
 
 def boxes(z):
-    return dflkern.decode_boxes(z[None], POINTS, STRIDE, box_format="xywh").square().sum()
+    return dflkern.decode_boxes(z[None], POINTS, STRIDE, box_format="cxcywh").square().sum()
 
 
 def box_loss(z):

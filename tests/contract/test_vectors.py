@@ -118,7 +118,7 @@ def test_side_major_layout():
     head = hot.reshape(1, 64, 1)  # (B, 4K, A)
     strided = torch.cat([torch.zeros(1, 3, 1), head], 1).transpose(1, 2)[..., 3:]
     rows = head.transpose(1, 2)
-    for box_format, expected in (("xyxy", [76, 148, 108, 196]), ("xywh", [92, 172, 32, 48])):
+    for box_format, expected in (("xyxy", [76, 148, 108, 196]), ("cxcywh", [92, 172, 32, 48])):
         options = {"box_format": box_format}
         boxes = [
             dflkern.decode_boxes(rows.reshape(1, 1, 4, 16), anchor, stride, **options),

@@ -178,7 +178,7 @@ void check_loss(Storage storage, int bins, int64_t batch, int64_t anchors, bool 
 }
 
 template <class T>
-void check_decode(Storage storage, int bins, int64_t anchors, bool rows, bool xywh) {
+void check_decode(Storage storage, int bins, int64_t anchors, bool rows, bool cxcywh) {
   using F = Compute<T>;
   constexpr int64_t kBatch = 2;
   std::mt19937 random(bins + 11 * anchors);
@@ -194,7 +194,7 @@ void check_decode(Storage storage, int bins, int64_t anchors, bool rows, bool xy
   for (int64_t i = 0; i < anchors; ++i) stride[i] = static_cast<F>(8 + i % 3);
 
   const BoxLayout layout{kBatch, anchors, rows};
-  const BoxDecode decode{points.get(), stride.get(), xywh, anchors, rows};
+  const BoxDecode decode{points.get(), stride.get(), cxcywh, anchors, rows};
   Call call{};
   call.storage = storage;
   call.logits = logits.get();
@@ -213,7 +213,7 @@ void check_decode(Storage storage, int bins, int64_t anchors, bool rows, bool xy
   plan(call);
   run(call, 0, call.lines * call.blocks_per_line);
   if (!gives_boxes(call)) {
-    to_boxes(layout, points.get(), stride.get(), xywh, 0, kBatch * anchors, boxes.get());
+    to_boxes(layout, points.get(), stride.get(), cxcywh, 0, kBatch * anchors, boxes.get());
   }
 
   double worst = 0;
@@ -228,7 +228,7 @@ void check_decode(Storage storage, int bins, int64_t anchors, bool rows, bool xy
     }
     const double x = points[2 * anchor], y = points[2 * anchor + 1];
     double box[kSides] = {x - d[0], y - d[1], x + d[2], y + d[3]};
-    if (xywh) {
+    if (cxcywh) {
       for (int a = 0; a < 2; ++a) {
         const double low = box[a], high = box[a + 2];
         box[a] = (low + high) / 2;
@@ -243,7 +243,7 @@ void check_decode(Storage storage, int bins, int64_t anchors, bool rows, bool xy
   expect(worst <= (sizeof(F) == 4 ? 5e-5 : 1e-11) * bins,
          "decode, storage " + std::to_string(static_cast<int>(storage)) + ", bins " +
              std::to_string(bins) + ", anchors " + std::to_string(anchors) +
-             (rows ? ", rows" : ", columns") + (xywh ? ", xywh" : ", xyxy"));
+             (rows ? ", rows" : ", columns") + (cxcywh ? ", cxcywh" : ", xyxy"));
 }
 
 void check_zeros() {

@@ -17,14 +17,14 @@ class DecodeCase {
         head_(random, random.pick({0, 1, 2, 7, 15, 16, 17, 33, 130})),
         layout_{head_.batch, head_.anchors, head_.sides_last},
         anchors_(head_.batch * head_.anchors),
-        xywh_(random.one_in(2)),
+        cxcywh_(random.one_in(2)),
         with_stride_(random.one_in(2)),
         cells_(random, with_stride_ ? head_.anchors : 0),
         boxes_(random, anchors_ * kSides),
         upstream_(random, anchors_ * kSides),
         distances_(random, anchors_ * kSides) {
     report.what += " decode, bins " + std::to_string(head_.bins) + ", anchors " +
-                   std::to_string(head_.anchors) + (xywh_ ? ", xywh" : ", xyxy");
+                   std::to_string(head_.anchors) + (cxcywh_ ? ", cxcywh" : ", xyxy");
     for (int64_t i = 0; i < cells_.size(); ++i) cells_[i] = random.pick({F(8), F(16), F(0.1)});
     upstream_.fill(random, random.kind(), 2);
   }
@@ -56,7 +56,7 @@ class DecodeCase {
   }
 
   void decode() {
-    const BoxDecode boxes{head_.points.get(), stride(), xywh_, head_.anchors, head_.sides_last};
+    const BoxDecode boxes{head_.points.get(), stride(), cxcywh_, head_.anchors, head_.sides_last};
     Call call = describe();
     call.gradient = nullptr;
     call.boxes = &boxes;
@@ -64,13 +64,13 @@ class DecodeCase {
     run_all(random_, call);
     if (gives_boxes(call)) return;
     in_pieces(random_, anchors_, [&](int64_t begin, int64_t end) {
-      to_boxes<F>(layout_, head_.points.get(), stride(), xywh_, begin, end, boxes_.get());
+      to_boxes<F>(layout_, head_.points.get(), stride(), cxcywh_, begin, end, boxes_.get());
     });
   }
 
   void decode_backward() {
     in_pieces(random_, anchors_, [&](int64_t begin, int64_t end) {
-      to_distance_gradients<F>(layout_, stride(), xywh_, begin, end, upstream_.get(),
+      to_distance_gradients<F>(layout_, stride(), cxcywh_, begin, end, upstream_.get(),
                                distances_.get());
     });
     Call call = describe();
@@ -93,9 +93,9 @@ class DecodeCase {
     for (int a = 0; a < 2; ++a) {
       const Number low = double(upstream_[first + a * side]) * scale;
       const Number high = double(upstream_[first + (a + 2) * side]) * scale;
-      by_side[a] = xywh_ ? high - low / 2.0 : -low;
-      by_side[a + 2] = xywh_ ? high + low / 2.0 : high;
-      if (xywh_) {
+      by_side[a] = cxcywh_ ? high - low / 2.0 : -low;
+      by_side[a + 2] = cxcywh_ ? high + low / 2.0 : high;
+      if (cxcywh_) {
         const Number size = box[a + 2] - box[a];
         box[a] = (box[a] + box[a + 2]) / 2.0;
         box[a + 2] = size;
@@ -118,7 +118,7 @@ class DecodeCase {
   Head<T> head_;
   const BoxLayout layout_;
   const int64_t anchors_;
-  const bool xywh_, with_stride_;
+  const bool cxcywh_, with_stride_;
   Memory<F> cells_, boxes_, upstream_, distances_;
 };
 

@@ -75,7 +75,7 @@ def test_decode_boxes(layout, bins, dtype):
         logits, dim = logits_of(layout, bins, dtype, anchors)
         points, _, _ = step_of(bins, anchors)
         stride = torch.rand(anchors, 1) * 8 + 1
-        for given, box_format in ((None, "xyxy"), (stride, "xywh"), (stride.flatten(), "xyxy")):
+        for given, box_format in ((None, "xyxy"), (stride, "cxcywh"), (stride.flatten(), "xyxy")):
             pairs = both(
                 dflkern.decode_boxes, logits, points, given, dim=dim, project=positions,
                 box_format=box_format,

@@ -179,7 +179,7 @@ def test_perfect_predictions_reach_the_floor():
     config = Config()
     points, strides = anchors(128, "cpu")
     box = torch.tensor([20.3, 30.7, 61.2, 88.9])
-    target = dflkern.dfl_targets(box.expand(len(points), 4), points * strides, strides, 16)
+    target = dflkern.dfl_targets(box.expand(len(points), 4), points, strides, 16)
     y = (1 - (target[..., None] - torch.arange(16)).abs()).clamp(min=1e-12)  # (A, 4, K)
     scene = scenes.Scenes(
         torch.zeros(1, 1, 128, 128), box.view(1, 1, 4), torch.tensor([[3]]), torch.tensor([[True]])

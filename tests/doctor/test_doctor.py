@@ -118,7 +118,7 @@ def large_objects():
 def tiny_objects():
     points, stride = dflkern.make_anchors([(80, 80)], [8])
     boxes = dflkern.dist2bbox(0.1 + 0.8 * torch.rand(6400, 4), points) * 8
-    targets = dflkern.dfl_targets(boxes, points * stride, stride, 16)
+    targets = dflkern.dfl_targets(boxes, points, stride, 16)
     given = {"boxes": boxes, "anchor_points": points, "stride": stride}
     return {"targets": targets, "num_bins": 16, **given}
 

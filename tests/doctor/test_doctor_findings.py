@@ -165,7 +165,7 @@ def case():
     points, stride = dflkern.make_anchors([(80, 80), (40, 40)], (8, 16))
     points, stride = points[::16], stride[::16]
     boxes = dflkern.dist2bbox(0.2 + 9 * torch.rand(len(points), 4, generator=g), points) * stride
-    targets = dflkern.dfl_targets(boxes, points * stride, stride, 16)
+    targets = dflkern.dfl_targets(boxes, points, stride, 16)
     return {
         "targets": targets, "boxes": boxes, "anchor_points": points, "stride": stride,
         "num_bins": 16,

@@ -91,7 +91,7 @@ def assigned(source, name):
         rows += [number] * len(near)
         anchors += near.tolist()
     points, stride, boxes = points[anchors], stride[anchors], boxes[rows]
-    targets = dflkern.dfl_targets(boxes, points * stride, stride, 16)
+    targets = dflkern.dfl_targets(boxes, points, stride, 16)
     case = {"boxes": boxes, "anchor_points": points, "stride": stride}
     return case | {"targets": targets, "num_bins": 16}, image
 
@@ -168,7 +168,7 @@ def test_stock_training_on_tiny_objects_is_healthy(image, share):
     case = stock_assignment(image, (2 * image / 640, 20 * image / 640))
     points, stride = case["anchor_points"], case["stride"]
     distances = dflkern.bbox2dist(points, case["boxes"] / stride)
-    targets = dflkern.dfl_targets(case["boxes"], points * stride, stride, 16)
+    targets = dflkern.dfl_targets(case["boxes"], points, stride, 16)
     for given in (case, case | {"targets": distances}, case | {"targets": targets}):
         report = doctor.examine(**given)
         assert report.healthy, report

@@ -33,7 +33,7 @@ class Model(nn.Module):
     def forward(self, seed):
         boxes, points, stride = assigned(seed)
         targets = dflkern.dfl_targets(
-            boxes, points * stride, stride if self.unit else 1.0, NUM_BINS
+            boxes, points if self.unit else points * stride, stride if self.unit else 1.0, NUM_BINS
         )
         logits = self.head(self.body(boxes / 100).relu()).view(-1, 4, NUM_BINS)
         return self.loss(logits, targets)

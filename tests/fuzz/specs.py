@@ -132,7 +132,7 @@ def draw(seed, index, ops=OPS, backends=BACKENDS):
         normalizer=pick(("sum", "one") if mild else NORMALIZERS),
         places=pick(("normal", "background") if mild else PLACES),
         iou=pick(("iou", "giou", "diou", "ciou")), stride=pick((None, "(A,)", "(A, 1)")),
-        box_format=pick(("xyxy", "xywh")),
+        box_format=pick(("xyxy", "cxcywh")),
     )  # fmt: skip
     if op not in BOXES:
         spec = dataclasses.replace(spec, weight=pick((None, spec.weight)))

@@ -53,9 +53,9 @@ def step_of(bins, device):
     ("layout", "bins", "dtype", "box_format", "project"),
     [
         ("rows", 16, torch.float32, "xyxy", False),
-        ("rows", 16, torch.float16, "xywh", False),
+        ("rows", 16, torch.float16, "cxcywh", False),
         ("rows", 17, torch.bfloat16, "xyxy", True),
-        ("columns", 16, torch.float32, "xywh", True),
+        ("columns", 16, torch.float32, "cxcywh", True),
         ("columns", 70, torch.float64, "xyxy", False),
     ],
 )

@@ -62,7 +62,7 @@ def every_box_plan():
         shape = (2, 4, bins, 9) if dim == 2 else (2, 9, 4, bins)
         logits = torch.empty(shape, dtype=dtype, device="meta")
         weight = torch.empty(2, 9, 3, dtype=kind, device="meta")
-        for facts in ({}, {"project": True, "stride": True, "box_format": "xywh"}):
+        for facts in ({}, {"project": True, "stride": True, "box_format": "cxcywh"}):
             for op in ("decode_boxes", "decode_boxes_backward"):
                 yield plan(op, describe_boxes(logits, dim, **facts), "cuda")
         for facts in ({}, {"project": True, "foreground": True, "iou": "giou", "margin": 0.1}):

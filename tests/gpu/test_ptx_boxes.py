@@ -20,7 +20,7 @@ def quick():
     """Each operator with each structure, and all that it may be given."""
     yield from variants(BoxCase(""), op=OPS, layout=["rows", "columns"])
     for op in OPS[:2]:
-        yield BoxCase(op, layout="rows", box_format="xywh", dtype="fp16")
+        yield BoxCase(op, layout="rows", box_format="cxcywh", dtype="fp16")
         yield BoxCase(op, bins=91, layout="sliced columns", stride=False)
         yield BoxCase(op, dtype="fp64", layout="offset rows", project=True)
     for op in OPS[2:]:

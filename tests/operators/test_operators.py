@@ -23,7 +23,7 @@ def arguments(op, logits, dim, backend, **others):
         "positions": None,
         "dim": dim,
         "margin": 0.01,
-        "box_format": "xywh",
+        "box_format": "cxcywh",
         "iou": "ciou",
         "backend": backend,
         **(box_tensors(logits, anchors) if op.name.startswith(BOXES) else {}),

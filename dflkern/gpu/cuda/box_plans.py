@@ -59,7 +59,7 @@ def _numbers(step: Step, problem: BoxProblem) -> dict[str, int]:
     }
     if step.decode:
         numbers |= {
-            "xywh": int(problem.box_format == "xywh"),
+            "cxcywh": int(problem.box_format == "cxcywh"),
             "box_batch_stride": 4 * problem.anchors,
             "box_anchor_stride": 4 if problem.sides_last else 1,
             "box_side_stride": 1 if problem.sides_last else problem.anchors,

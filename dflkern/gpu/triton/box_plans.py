@@ -44,7 +44,7 @@ def _constants(step: Step, problem: BoxProblem) -> dict[str, Any]:
         chunk = 1  # Triton would take these tiles through shared memory
     constants: dict[str, Any] = {"K": bins, "PROJECT": problem.project}
     if step.decode:
-        constants |= {"STRIDE": problem.stride, "XYWH": problem.box_format == "xywh"}
+        constants |= {"STRIDE": problem.stride, "CXCYWH": problem.box_format == "cxcywh"}
     else:
         assert problem.weight is not None
         constants |= {

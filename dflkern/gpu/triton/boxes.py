@@ -17,7 +17,7 @@ def boxes_decode_forward_kernel(
     logits_ptr, anchor_points_ptr, stride_ptr, project_ptr, boxes_ptr,
     n, batch_stride, anchor_stride, side_stride, bin_stride,
     box_batch_stride, box_anchor_stride, box_side_stride,
-    K: tl.constexpr, PROJECT: tl.constexpr, STRIDE: tl.constexpr, XYWH: tl.constexpr,
+    K: tl.constexpr, PROJECT: tl.constexpr, STRIDE: tl.constexpr, CXCYWH: tl.constexpr,
     UNROLL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Boxes from softmax, expectation and anchor points."""
@@ -41,11 +41,11 @@ def boxes_decode_forward_kernel(
         if side < 2:
             edge = point - position
             low += (edge,)
-            if not XYWH:
+            if not CXCYWH:
                 tl.store(boxes_ptr + side * box_side_stride, edge * scale, mask=live)
         else:
             edge = point + position
-            if XYWH:
+            if CXCYWH:
                 start = low[side - 2]
                 centre = (start + edge) * 0.5
                 tl.store(boxes_ptr + (side - 2) * box_side_stride, centre * scale, mask=live)
@@ -59,7 +59,7 @@ def boxes_decode_backward_kernel(
     n, batch_stride, anchor_stride, side_stride, bin_stride,
     box_batch_stride, box_anchor_stride, box_side_stride,
     batch_grad_stride, anchor_grad_stride, side_grad_stride, grad_bin_stride,
-    K: tl.constexpr, PROJECT: tl.constexpr, STRIDE: tl.constexpr, XYWH: tl.constexpr,
+    K: tl.constexpr, PROJECT: tl.constexpr, STRIDE: tl.constexpr, CXCYWH: tl.constexpr,
     UNROLL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits."""
@@ -72,8 +72,8 @@ def boxes_decode_backward_kernel(
     for side in tl.static_range(4):
         first = tl.load(grad_boxes_ptr + side % 2 * box_side_stride, mask=live, other=0.0)
         second = tl.load(grad_boxes_ptr + (side % 2 + 2) * box_side_stride, mask=live, other=0.0)
-        # xyxy: -first, second. xywh: centre = anchor + (rb - lt) / 2, size = lt + rb
-        if XYWH:
+        # xyxy: -first, second. cxcywh: centre = anchor + (rb - lt) / 2, size = lt + rb
+        if CXCYWH:
             if side < 2:
                 upstream = second - first * 0.5
             else:
