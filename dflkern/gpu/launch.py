@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .launch_plan import LaunchPlan, steps
+from .launch_plan import LaunchPlan, Start, steps
 from .plans import plan
+from .triton import kernel_of
 
 
 def why_not(device: torch.device) -> list[str]:
@@ -28,17 +28,7 @@ def why_not(device: torch.device) -> list[str]:
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
-    return not hasattr(_kernel("columns", "columns_forward_kernel"), "cache_key")
-
-
-def kernel_of(launch_plan: LaunchPlan) -> Any:
-    """The Triton kernel of a plan; the first one imports Triton."""
-    return _kernel(launch_plan.module, launch_plan.kernel)
-
-
-@functools.cache
-def _kernel(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(f".triton.{module}", __package__), name)
+    return not hasattr(kernel_of("columns_forward_kernel"), "cache_key")
 
 
 def run(
@@ -86,10 +76,51 @@ def packed(value: Tensor) -> Tensor:
 
 def launch(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
     """Run a plan on tensors by role, on their device and the current stream."""
+    device = next(iter(tensors.values())).device
     if launch_plan.backend == "cuda":
         _launch_cuda(launch_plan, tensors)
+    elif device.type == "cpu":
+        arguments = {
+            argument.name: tensors[argument.value]
+            if isinstance(argument.value, str)
+            else argument.value
+            for argument in launch_plan.arguments
+        }
+        kernel_of(launch_plan.kernel)[launch_plan.grid](**arguments, **dict(launch_plan.constants))
     else:
-        _launch_triton(launch_plan, tensors)
+        with torch.cuda.device(device):
+            start = loaded(launch_plan, device.index)
+            values = [
+                tensors[argument.value].data_ptr()
+                if isinstance(argument.value, str)
+                else argument.value
+                for argument in launch_plan.arguments
+            ]
+            start(*launch_plan.grid, current_stream(device.index), *values)
+
+
+def current_stream(device: int) -> int:
+    """The handle of PyTorch's current stream, as Triton reads it, too."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+_loaded: dict[tuple[Any, ...], Start] = {}
+
+
+def loaded(launch_plan: LaunchPlan, device: int) -> Start:
+    """The plan's kernel on a device, which is the current one; compiled at the first call."""
+    key = (device, launch_plan.signature)
+    start = _loaded.get(key)
+    if start is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{launch_plan.op}: the kernel for this call is not compiled yet, and it cannot be "
+                "compiled while a CUDA graph is being captured. Run the call once before the "
+                "capture."
+            )
+        loading = importlib.import_module(f".{launch_plan.backend}.loading", __package__)
+        start = _loaded[key] = loading.load(launch_plan)
+    return start
 
 
 def _launch_cuda(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
@@ -106,40 +137,3 @@ def _launch_cuda(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
         values[bound + 1 :],
         values[bound],
     )
-
-
-def _launch_triton(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
-    kernel = kernel_of(launch_plan)
-    arguments: dict[str, Any] = {
-        argument.name: tensors[argument.value]
-        if isinstance(argument.value, str)
-        else argument.value
-        for argument in launch_plan.arguments
-    }
-    arguments |= dict(launch_plan.constants)
-    device = next(iter(tensors.values())).device
-    if device.type == "cpu":
-        kernel[launch_plan.grid](**arguments)
-        return
-    with torch.cuda.device(device):
-        _warm_up(launch_plan, device)
-        kernel[launch_plan.grid](
-            **arguments, num_warps=launch_plan.num_warps, enable_fp_fusion=False
-        )
-
-
-_warm: set[tuple[Any, ...]] = set()
-
-
-def _warm_up(launch_plan: LaunchPlan, device: torch.device) -> None:
-    """A kernel cannot be compiled while a CUDA graph is being captured: say so."""
-    signature = tuple((a.name, a.type, a.divisible) for a in launch_plan.arguments)
-    key = (device.index, launch_plan.kernel, launch_plan.constants, signature)
-    if key in _warm:
-        return
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{launch_plan.op}: the kernel for this call is not compiled yet, and it cannot be "
-            "compiled while a CUDA graph is being captured. Run the call once before the capture."
-        )
-    _warm.add(key)

@@ -6,8 +6,9 @@ another machine, or run in an emulator; what is launched is exactly what the pla
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -88,10 +89,22 @@ class LaunchPlan:
         """Warps of 32 threads in a block."""
         return self.block[0] // 32
 
-    @property
-    def module(self) -> str:
-        """The module of `dflkern.gpu` that holds the kernel."""
-        return self.kernel.partition("_")[0]
+    @functools.cached_property
+    def signature(self) -> tuple[Any, ...]:
+        """All that its compiled kernel depends on: no sizes, but for what their types say."""
+        types = tuple((a.name, a.type, a.divisible) for a in self.arguments)
+        return self.backend, self.kernel, self.block, self.constants, self.shared, types
+
+
+class Start(Protocol):
+    """A kernel loaded on one device: starts it on a grid and a stream of that device.
+
+    It takes the arguments of its plan in their order, pointers as addresses and 0 for "null". The
+    device is the current one.
+    """
+
+    def __call__(self, x: int, y: int, z: int, stream: int, *arguments: int | float) -> None:
+        """Launch."""
 
 
 def blocks(n: int, block: int) -> int:

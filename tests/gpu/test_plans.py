@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dflkern.gpu import LaunchPlan, plan, plans
+from dflkern.gpu import LaunchPlan, arguments, plan
 from dflkern.problem import Axis, describe, merge
 
 CUDA = torch.device("cuda")
@@ -95,7 +95,7 @@ def test_a_long_axis_walks_the_grids_first_axis(monkeypatch):
     problem = problem_of((70_000, 16, 100), 1, stride=(2000, 100, 1))
     assert plan("dfl_decode", problem, "triton").grid == (-(-70_000 // 128), 100, 1)
     plan.cache_clear()
-    monkeypatch.setattr(plans, "GRID_LIMIT", 10**9)
+    monkeypatch.setattr(arguments, "GRID_LIMIT", 10**9)
     assert plan("dfl_decode", problem, "triton").grid == (1, 70_000, 1)
     plan.cache_clear()
 
@@ -127,15 +127,18 @@ def test_a_first_launch_under_graph_capture_is_refused(monkeypatch):
     """Compiling would break the capture; after one warm-up call it is let through."""
     from dflkern.gpu import launch
 
+    loading = pytest.importorskip("dflkern.gpu.triton.loading")
     made = plan("dfl_loss", problem_of((77, 16), 1, margin=0.015), "triton")
+    monkeypatch.setattr(launch, "_loaded", {})
+    monkeypatch.setattr(loading, "load", lambda plan: "loaded")
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     with pytest.raises(RuntimeError, match="Run the call once before the capture"):
-        launch._warm_up(made, CUDA)
+        launch.loaded(made, 0)
     capturing = False
-    launch._warm_up(made, CUDA)
+    assert launch.loaded(made, 0) == "loaded"
     capturing = True
-    launch._warm_up(made, CUDA)
+    assert launch.loaded(made, 0) == "loaded"
 
 
 COMPILE = """
