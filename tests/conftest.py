@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config, items):
         return
     skip = pytest.mark.skip(reason="needs a GPU, and torch.cuda.is_available() is False")
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu"):  # a keyword is also the name of a folder
             item.add_marker(skip)
 
 

@@ -63,7 +63,8 @@ def build(folder: Path) -> Path:
     target = folder / LIBRARY
     subprocess.run(
         ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-shared", "-fPIC",
-         *includes, *sources, "-o", str(target), "-ldl", "-pthread", f"-Wl,-soname,{LIBRARY}"],
+         *includes, *sources, "-o", str(target), "-ldl", "-pthread",
+         f"-Wl,-soname,{LIBRARY},-Bsymbolic"],
         check=True,
     )  # fmt: skip
     return folder
@@ -74,7 +75,7 @@ def environment(folder: Path, **settings: object) -> dict[str, str]:
 
     Args:
         folder: what `build` returned. dflkern, Triton and Inductor keep their caches in it.
-        settings: LAUNCH_NS, GPUS, CC, DRIVER, D2H, see README.md.
+        settings: LAUNCH_NS, GPUS, CC, DRIVER, FILL, D2H, see README.md.
     """
     given = {f"STUB_{name}": str(value) for name, value in settings.items()}
     inherited = {

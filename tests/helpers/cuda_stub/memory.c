@@ -42,6 +42,8 @@ cudaError_t cudaMalloc(void** address, size_t bytes) {
   *address = mmap(NULL, rounded, PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (*address == MAP_FAILED) return stub_fail(cudaErrorMemoryAllocation);
+  long fill = stub_setting("STUB_FILL", 0);
+  if (fill) memset(*address, (int)fill, rounded);
   pthread_mutex_lock(&lock);
   bool full = allocated == MAX_ALLOCATIONS;
   if (!full) {

@@ -23,7 +23,8 @@ static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static size_t elf_size(const Elf64_Ehdr* header) {
   const char* start = (const char*)header;
   const Elf64_Shdr* sections = (const Elf64_Shdr*)(start + header->e_shoff);
-  size_t size = header->e_shoff + (size_t)header->e_shnum * header->e_shentsize;
+  size_t size = sizeof *header;
+  size = larger(size, header->e_shoff + (size_t)header->e_shnum * header->e_shentsize);
   size = larger(size, header->e_phoff + (size_t)header->e_phnum * header->e_phentsize);
   for (int i = 0; i < header->e_shnum; ++i) {
     if (sections[i].sh_type == SHT_NOBITS) continue;

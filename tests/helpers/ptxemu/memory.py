@@ -100,6 +100,8 @@ class GlobalMemory:
             start = buffer.base + buffer.first
             return max(start - address, address - (start + buffer.end - buffer.first), 0)
 
+        if not self.buffers:
+            return f"at {address:#x}, where no memory is allocated"
         near = min(self.buffers, key=distance)
         return (
             f"at byte {address - near.base - near.first} of {near.name}, which has "
