@@ -4,7 +4,7 @@ PyTorch, Triton and dflkern run their real host code; a launch costs a set time.
 meaningless, and only ratios of one run should be quoted. One core, no GPU.
 
     python -m benchmarks.host_time                  # from the repository's root
-    python -m benchmarks.host_time --only "dfl_loss mean" --rounds 20
+    python -m benchmarks.host_time --only "dfl_loss mean" eager --rounds 20
 
 Columns: launches with `.backward()` and with the upstream gradient passed in; us a call with sizes
 that stay the same; us a call with a number of anchors that is new at each call; file-system calls
@@ -32,7 +32,6 @@ from torch import Tensor
 
 from tests.helpers import cuda_stub
 
-ROOT = Path(__file__).resolve().parents[1]
 ANCHORS, MOST, BINS = 1000, 50_000, 16
 CALLS = 20  # of one timing
 WARM, WARM_NEW = 20, 200  # calls before the first timing; new sizes also warm up size classes
@@ -77,7 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--launch-ns", type=int, default=2000, help="what a launch costs: %(default)s"
     )
     parser.add_argument("--rounds", type=int, default=60, help="timings of each case: %(default)s")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="cases whose name contains one of these",
+    )
     parser.add_argument("--backend", default="auto", help="dflkern's backend: %(default)s")
     parser.add_argument("--stub", type=Path, help="a folder to keep the stub and its caches in")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
@@ -101,7 +106,10 @@ def _on_the_stub(arguments: argparse.Namespace) -> int:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with dflkern.use_backend(arguments.backend):
-        rows = measure([c for c in cases() if arguments.only in c.name], arguments.rounds)
+        rows = measure(
+            [case for case in cases() if any(text in case.name for text in arguments.only)],
+            arguments.rounds,
+        )
     print(f"host time on a stub device, {arguments.launch_ns / 1000:g} us a launch, one core\n")
     print(table(rows))
     for line in verdicts({row.name: row for row in rows}):

@@ -206,6 +206,45 @@ def test_pytorch_runs_on_it(on_stub):
     assert (found["captured"], found["replayed"]) == (2, 3)
 
 
+NVRTC = """
+import ctypes, json, torch
+from cuda_stub.emulated import Emulation
+from cuda_stub.torch_on_cpu import on_host
+
+compiler, driver = ctypes.CDLL("libnvrtc.so.13"), ctypes.CDLL("libcuda.so.1")
+source = b'extern "C" __global__ void twice(float* x, int n) {' \
+         b'  int i = blockIdx.x * blockDim.x + threadIdx.x; if (i < n) x[i] = 2.0f * i; }'
+program, option = ctypes.c_void_p(), (ctypes.c_char_p * 1)(b"--gpu-architecture=sm_90")
+compiler.nvrtcCreateProgram(ctypes.byref(program), source, b"twice.cu", 0, None, None)
+assert compiler.nvrtcCompileProgram(program, 1, option) == 0
+found = {}
+for kind in ("PTX", "CUBIN"):
+    size = ctypes.c_size_t()
+    getattr(compiler, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
+    found[kind] = ctypes.create_string_buffer(size.value)
+    getattr(compiler, f"nvrtcGet{kind}")(program, found[kind])
+emulation = Emulation().start()
+emulation.know(found["CUBIN"].raw, found["PTX"].value.decode())
+x = torch.empty(70, device="cuda")
+module, function = ctypes.c_void_p(), ctypes.c_void_p()
+assert driver.cuModuleLoadData(ctypes.byref(module), found["CUBIN"]) == 0
+assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"twice") == 0
+values = ctypes.c_void_p(x.data_ptr()), ctypes.c_int(len(x))
+parameters = (ctypes.c_void_p * 2)(*map(ctypes.addressof, values))
+assert driver.cuLaunchKernel(function, 2, 1, 1, 64, 1, 1, 0, None, parameters, None) == 0
+print(json.dumps([emulation.faults, emulation.unknown, on_host(x).tolist()]))
+"""
+
+
+def test_kernel_compiled_by_nvrtc_runs_in_the_emulator(on_stub):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", NVRTC],
+        env=on_stub(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[], [], [2 * i for i in range(70)]]
+
+
 def test_a_launch_costs_what_it_is_told_to(on_stub):
     program = (
         "import ctypes, time, cuda_stub\n"

@@ -276,6 +276,13 @@ CUresult cuGetProcAddress(const char* name, void** function, int version, cuuint
   return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
 
+// Private functions of the driver. NVRTC asks for some and reads how long their table is: empty.
+CUresult cuGetExportTable(const void** table, const CUuuid* which) {
+  static const size_t empty[1] = {sizeof empty};
+  *table = empty;
+  return CUDA_SUCCESS;
+}
+
 // PyTorch asks for functions that it may never call, and refuses to start without them.
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
                                              unsigned long long flags,

@@ -91,12 +91,13 @@ class Emulation:
     def __init__(self, *folders: Path):
         """Look for PTX in folders: a file `name.ptx` beside the `name.cubin` that was loaded.
 
-        By default in the caches of Triton and dflkern.
+        By default in the caches of Triton and dflkern. For others there is `know`.
         """
         names = ("TRITON_CACHE_DIR", "DFLKERN_CACHE")
         self._folders = folders or tuple(Path(os.environ[name]) for name in names)
         self._kernels: dict[tuple[str, int], Kernel | None] = {}
         self._cubins: dict[int, list[Path]] = {}
+        self._known: dict[bytes, str] = {}
         self._captured: list[Callable[[], object]] = []
         self._hooks = _LAUNCH_HOOK(self._on_launch), _REPLAY_HOOK(self._on_replay)
         self.clear()
@@ -111,6 +112,10 @@ class Emulation:
         """Run launches from here on."""
         ctypes.CDLL(LIBRARY).stub_set_hooks(*self._hooks)
         return self
+
+    def know(self, cubin: bytes, ptx: str) -> None:
+        """Remember the PTX that a cubin was made of."""
+        self._known[cubin] = ptx
 
     def add_to_graph(self, work: Callable[[], object]) -> None:
         """Do work whenever the CUDA graph runs that the current stream is captured into."""
@@ -166,6 +171,9 @@ class Emulation:
     def _ptx(self, image: bytes) -> str | None:
         if image.lstrip().startswith((b"//", b".version")):  # the driver was given PTX
             return image.decode().rstrip("\0")
+        for cubin, ptx in self._known.items():
+            if cubin.startswith(image):
+                return ptx
         for look_again in (False, True):
             if look_again:
                 self._index()
