@@ -29,6 +29,7 @@ class Weight(NamedTuple):
     batch: int
     anchor: int
     score: int  # the stride of the classes
+    aligned: bool  # whether it begins at a multiple of 16 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,8 @@ def describe_boxes(
     scores = None
     if weight is not None:
         classes, score = (weight.shape[2], weight.stride(2)) if weight.ndim == 3 else (None, 0)
-        scores = Weight(weight.dtype, classes, weight.stride(0), weight.stride(1), score)
+        aligned = weight.data_ptr() % 16 == 0
+        scores = Weight(weight.dtype, classes, weight.stride(0), weight.stride(1), score, aligned)
     return _describe(
         tuple(logits.shape), logits.stride(), logits.dtype, logits.device, dim,
         logits.data_ptr() % 16 == 0, project, margin, stride, box_format, iou, foreground, scores,

@@ -9,9 +9,9 @@ BLOCK = 128  # anchors of a block
 SUMS = STEPS["box_loss_sums"]
 
 
-def box_grid(problem: BoxProblem) -> tuple[int, int, int]:
+def box_grid(problem: BoxProblem, block: int = BLOCK) -> tuple[int, int, int]:
     """Blocks of anchors, and images."""
-    return blocks(problem.anchors, BLOCK), problem.batch, 1
+    return blocks(problem.anchors, block), problem.batch, 1
 
 
 def whole_granules(step: Step, problem: BoxProblem) -> bool:
@@ -51,15 +51,13 @@ def pointers_of(step: Step, problem: BoxProblem) -> dict[str, str | None]:
         "project": project,
     }
     if not step.backward:
-        return {**pointers, "partials": wide}
+        return {**pointers, "partials": wide, "anchor_weight": wide if step.keep else None}
     return {**pointers, "normalizer": wide, "grad_iou": wide, "grad_dfl": wide,
             "grad_logits": logits}  # fmt: skip
 
 
 def numbers_of(step: Step, problem: BoxProblem) -> dict[str, int]:
     """Lengths and strides, as the kernels take them."""
-    if step is SUMS:
-        return {"programs": programs_of(problem)}
     numbers = {
         "n": problem.anchors,
         "batch_stride": problem.logits.batch,
@@ -88,12 +86,10 @@ def numbers_of(step: Step, problem: BoxProblem) -> dict[str, int]:
             "weight_class_stride": problem.weight.score,
             "classes": problem.weight.classes or 0,
         }
-        if not step.backward:
-            numbers["programs"] = programs_of(problem)
     return numbers
 
 
-def programs_of(problem: BoxProblem) -> int:
+def programs_of(grid: tuple[int, int, int]) -> int:
     """How many sums the first launch of box_loss writes of each kind."""
-    across, images, _ = box_grid(problem)
+    across, images, _ = grid
     return across * images

@@ -46,7 +46,7 @@ NAMES = {
 
 def _numbers(step: Step, problem: BoxProblem) -> dict[str, int]:
     if step is SUMS:
-        return {"programs": programs_of(problem)}
+        return {"programs": programs_of(box_grid(problem))}
     at, to, weight = problem.logits, problem.gradient, problem.weight
     numbers = {
         "n": problem.anchors,
@@ -82,5 +82,5 @@ def _numbers(step: Step, problem: BoxProblem) -> dict[str, int]:
             "grad_bin_stride": to.bin,
         }
     if step.loss and not step.backward:
-        numbers["programs"] = programs_of(problem)
+        numbers["programs"] = programs_of(box_grid(problem))
     return numbers

@@ -71,7 +71,7 @@ def columns_backward_kernel(
         grad_position = tl.load(grad_position_ptr + output, mask=live, other=0.0)
     t, left, right_weight = place_target(t, project_ptr, K, MARGIN, PROJECT)
     backward_at(
-        logits_ptr, bin_stride, grad_logits_ptr, grad_bin_stride, live, live,
+        logits_ptr, bin_stride, grad_logits_ptr, grad_bin_stride, live,
         t, left, right_weight, grad_loss, grad_position, project_ptr,
-        K, LOSS, POSITION, PROJECT, UNROLL, 1, False,
+        K, LOSS, POSITION, PROJECT, UNROLL, 1,
     )  # fmt: skip

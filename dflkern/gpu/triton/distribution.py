@@ -98,7 +98,17 @@ def backward(
     z, t, left, right_weight, grad_loss, grad_position, project_ptr,
     K: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr, PROJECT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each bin: e_k (a (W_k − E) + b) − grad_loss y_k."""
+    """The gradient of each bin."""
+    e, s, moment = exponentials(z, project_ptr, K, POSITION, PROJECT)
+    return gradients(
+        e, s, moment, t, left, right_weight, grad_loss, grad_position, project_ptr,
+        K, LOSS, POSITION, PROJECT,
+    )  # fmt: skip
+
+
+@triton.jit
+def exponentials(z, project_ptr, K: tl.constexpr, POSITION: tl.constexpr, PROJECT: tl.constexpr):
+    """The exponential of each bin, their sum, and the sum of each times its position."""
     m = z[0]
     for k in tl.static_range(1, K):
         m = tl.maximum(m, z[k])
@@ -111,6 +121,15 @@ def backward(
         s += e_k
         if POSITION:
             moment = tl.fma(e_k, position_of(k, project_ptr, PROJECT), moment)
+    return e, s, moment
+
+
+@triton.jit
+def gradients(
+    e, s, moment, t, left, right_weight, grad_loss, grad_position, project_ptr,
+    K: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr, PROJECT: tl.constexpr,
+):  # fmt: skip
+    """The gradient of each bin: e_k (a (W_k − E) + b) − grad_loss y_k."""
     a, b, expected = slopes(t, s, moment, grad_loss, grad_position, LOSS, POSITION)
     gradient = ()
     for k in tl.static_range(K):

@@ -22,7 +22,7 @@ from .rows import put, take
 
 
 @triton.jit
-def _read(logits_ptr, bin_stride, mask, K: tl.constexpr, CHUNK: tl.constexpr):
+def read_bins(logits_ptr, bin_stride, mask, K: tl.constexpr, CHUNK: tl.constexpr):
     """The K bins of each lane."""
     z = ()
     if CHUNK > 1:
@@ -56,7 +56,7 @@ def forward_at(
 ):  # fmt: skip
     """Loss and expected position of the distributions that begin at logits_ptr."""
     if UNROLL:
-        z = _read(logits_ptr, bin_stride, mask, K, CHUNK)
+        z = read_bins(logits_ptr, bin_stride, mask, K, CHUNK)
         loss, position = forward(
             z, t, left, right_weight, project_ptr, K, LOSS, POSITION, PROJECT
         )  # fmt: skip
@@ -82,22 +82,19 @@ def forward_at(
 
 @triton.jit
 def backward_at(
-    logits_ptr, bin_stride, grad_logits_ptr, grad_bin_stride, mask, stored,
+    logits_ptr, bin_stride, grad_logits_ptr, grad_bin_stride, mask,
     t, left, right_weight, grad_loss, grad_position, project_ptr,
     K: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr, PROJECT: tl.constexpr,
-    UNROLL: tl.constexpr, CHUNK: tl.constexpr, ZEROS: tl.constexpr,
+    UNROLL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of the distributions under the mask.
-
-    With ZEROS more of them may be stored, which get 0; else `stored` is the mask.
-    """
+    """Store the gradients of the distributions under the mask."""
     if UNROLL:
-        z = _read(logits_ptr, bin_stride, mask, K, CHUNK)
+        z = read_bins(logits_ptr, bin_stride, mask, K, CHUNK)
         gradient = backward(
             z, t, left, right_weight, grad_loss, grad_position, project_ptr,
             K, LOSS, POSITION, PROJECT,
         )  # fmt: skip
-        _write(grad_logits_ptr, grad_bin_stride, gradient, mask, stored, K, CHUNK, ZEROS)
+        write_bins(grad_logits_ptr, grad_bin_stride, gradient, mask, K, CHUNK)
     else:
         m = _maximum(logits_ptr, bin_stride, mask, K)
         s = tl.zeros_like(m)
@@ -116,52 +113,24 @@ def backward_at(
             distance = position_of(k, project_ptr, PROJECT) - expected
             y = weight_of(k, t, left, right_weight, PROJECT)
             g = bin_gradient(e, a, b, distance, y, grad_loss, LOSS, POSITION)
-            tl.store(grad_logits_ptr, _kept(g, mask, ZEROS), mask=stored)
+            tl.store(grad_logits_ptr, g, mask=mask)
             grad_logits_ptr += grad_bin_stride
 
 
 @triton.jit
-def _kept(gradient, mask, ZEROS: tl.constexpr):
-    if ZEROS:
-        return tl.where(mask, gradient, 0.0)
-    else:
-        return gradient
-
-
-@triton.jit
-def _write(
-    grad_logits_ptr, grad_bin_stride, gradient, mask, stored,
-    K: tl.constexpr, CHUNK: tl.constexpr, ZEROS: tl.constexpr,
-):  # fmt: skip
+def write_bins(
+    grad_logits_ptr, grad_bin_stride, gradient, mask, K: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Store the K gradients of each lane."""
     if CHUNK > 1:
         within = tl.arange(0, CHUNK)[None, :]
         for c in tl.static_range(K // CHUNK):
             chunk = ()
             for i in tl.static_range(CHUNK):
-                g = _kept(gradient[c * CHUNK + i], mask, ZEROS)
-                chunk += (g.to(grad_logits_ptr.dtype.element_ty),)
+                chunk += (gradient[c * CHUNK + i].to(grad_logits_ptr.dtype.element_ty),)
             chunk_ptr = grad_logits_ptr[:, None] + (within + c * CHUNK)
-            tl.store(chunk_ptr, put(chunk, CHUNK), mask=stored[:, None])
+            tl.store(chunk_ptr, put(chunk, CHUNK), mask=mask[:, None])
     else:
         for k in tl.static_range(K):
-            tl.store(grad_logits_ptr, _kept(gradient[k], mask, ZEROS), mask=stored)
-            grad_logits_ptr += grad_bin_stride
-
-
-@triton.jit
-def write_zeros_at(
-    grad_logits_ptr, grad_bin_stride, stored,
-    K: tl.constexpr, UNROLL: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Store gradients of 0."""
-    zero = tl.zeros(stored.shape, grad_logits_ptr.dtype.element_ty)
-    if UNROLL and CHUNK > 1:
-        zeros = tl.zeros((stored.shape[0], CHUNK), grad_logits_ptr.dtype.element_ty)
-        within = tl.arange(0, CHUNK)[None, :]
-        for c in tl.static_range(K // CHUNK):
-            chunk_ptr = grad_logits_ptr[:, None] + (within + c * CHUNK)
-            tl.store(chunk_ptr, zeros, mask=stored[:, None])
-    else:
-        for _ in range(K):
-            tl.store(grad_logits_ptr, zero, mask=stored)
+            tl.store(grad_logits_ptr, gradient[k], mask=mask)
             grad_logits_ptr += grad_bin_stride

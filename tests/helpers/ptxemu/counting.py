@@ -36,7 +36,7 @@ class Counts:
     Attributes:
         warp_instructions: PTX instructions that warps issue, those of parameters left out.
         special: of them ex2, lg2, rcp.
-        shuffles: of them shuffles.
+        shuffles: of them shuffles and reductions across a warp.
         wavefronts: passes over the banks of shared memory.
         sectors, least_sectors: 32-byte sectors that warps move to and from L1, and the fewest that
             hold the same bytes.
@@ -73,7 +73,7 @@ def total(kernel, memory, totals):
     return Counts(
         warp_instructions=warps(lambda i: "param" not in i.modifiers),
         special=warps(lambda i: i.name in SPECIAL),
-        shuffles=warps(lambda i: i.name == "shfl"),
+        shuffles=warps(lambda i: i.name in ("shfl", "redux")),
         wavefronts=sum(i.counts.wavefronts for i in kernel.code),
         sectors=sum(i.counts.sectors for i in kernel.code),
         least_sectors=sum(i.counts.least_sectors for i in kernel.code),

@@ -45,6 +45,38 @@ def shuffle(machine, instruction, mask):
         machine.write(found, inside, TYPES["pred"], mask)
 
 
+REDUCTIONS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+@opcode("redux", "s32 u32 b32", "sync add min max and or xor")
+def reduce(machine, instruction, mask):
+    """Every lane named by the mask must take part, and gets the result of all of them."""
+    destination, source, members = instruction.operands
+    value = np.broadcast_to(machine.read(source, instruction.type), machine.size)
+    named = np.broadcast_to(machine.read(members, TYPES["u32"]), machine.size).astype(np.int64)
+    executing = np.ones(machine.size, bool) if mask is None else mask
+    lanes = np.nonzero(executing)[0]
+    present = np.zeros(machine.warps, np.int64)
+    np.bitwise_or.at(present, machine.warp[lanes], 1 << machine.lane[lanes])
+    differing = executing & (present[machine.warp] != named)
+    if differing.any():
+        raise _error(executing, differing, "reduces over lanes that do not all take part")
+    function = REDUCTIONS[instruction.modifiers[1]]
+    order = lanes[np.argsort(machine.warp[lanes], kind="stable")]
+    starts = np.unique(machine.warp[order], return_index=True)[1]
+    result = np.zeros(machine.warps, value.dtype)
+    result[machine.warp[order[starts]]] = function.reduceat(value[order], starts)
+    undefined = machine.undefined_of(source)
+    if undefined is not None:
+        unknown = np.zeros(machine.warps, bool)
+        np.logical_or.at(unknown, machine.warp[lanes], undefined[lanes])
+        undefined = unknown[machine.warp]
+    machine.write(destination, result[machine.warp], instruction.type, mask, undefined)
+
+
 @opcode("bar", "", "warp sync")
 def warp_barrier(machine, instruction, mask):
     """Lanes of a warp run in lockstep here; the block's barrier is what orders shared memory."""
