@@ -52,6 +52,7 @@ class BoxProblem(Problem):
     iou: str = "ciou"
     foreground: bool = False
     weight: Weight | None = None
+    keep: bool = False  # whether box_loss also writes the weight of each anchor
 
 
 def describe_boxes(
@@ -65,6 +66,7 @@ def describe_boxes(
     iou: str = "ciou",
     foreground: bool = False,
     weight: Tensor | None = None,
+    keep: bool = False,
 ) -> BoxProblem:
     """The BoxProblem of checked arguments: logits and class scores, and facts of the others."""
     scores = None
@@ -75,6 +77,7 @@ def describe_boxes(
     return _describe(
         tuple(logits.shape), logits.stride(), logits.dtype, logits.device, dim,
         logits.data_ptr() % 16 == 0, project, margin, stride, box_format, iou, foreground, scores,
+        keep,
     )  # fmt: skip
 
 
@@ -93,6 +96,7 @@ def _describe(
     iou: str,
     foreground: bool,
     weight: Weight | None,
+    keep: bool,
 ) -> BoxProblem:
     problem = describe(
         shape, stride, dtype, device, dim, aligned=aligned, margin=margin, project=project
@@ -111,4 +115,5 @@ def _describe(
         iou=iou,
         foreground=foreground,
         weight=weight,
+        keep=keep,
     )

@@ -43,10 +43,11 @@
       const uint8_t*__restrict__ foreground, const Compute<T>*__restrict__ project
 #define DFL_LOSS_INPUTS_VALUES logits, points, target_boxes, weight, foreground, project
 #define DFL_LOSS_FORWARD(T)                                                                     \
-  DFL_LOSS_INPUTS(T), Compute<T>*__restrict__ partials, Compute<T> bound, DFL_BOX_SIDES,        \
-      DFL_BOX_WEIGHT, int64_t programs
+  DFL_LOSS_INPUTS(T), Compute<T>*__restrict__ partials, Compute<T>*__restrict__ anchor_weight,  \
+      Compute<T> bound, DFL_BOX_SIDES, DFL_BOX_WEIGHT, int64_t programs
 #define DFL_LOSS_FORWARD_VALUES \
-  DFL_LOSS_INPUTS_VALUES, partials, bound, DFL_BOX_SIDES_VALUES, DFL_BOX_WEIGHT_VALUES, programs
+  DFL_LOSS_INPUTS_VALUES, partials, anchor_weight, bound, DFL_BOX_SIDES_VALUES,                 \
+      DFL_BOX_WEIGHT_VALUES, programs
 #define DFL_LOSS_BACKWARD(T)                                                                    \
   DFL_LOSS_INPUTS(T), const Compute<T>*__restrict__ normalizer,                                 \
       const Compute<T>*__restrict__ grad_iou, const Compute<T>*__restrict__ grad_dfl,           \

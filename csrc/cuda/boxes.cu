@@ -168,6 +168,7 @@ __device__ __forceinline__ void loss_forward(DFL_LOSS_FORWARD(T)) {
     weight_here = weight_at<F>(foreground, weight, weight_type, index,
                                blockIdx.y * weight_batch_stride + anchor * weight_anchor_stride,
                                classes, weight_class_stride);
+    if (anchor_weight) anchor_weight[index] = weight_here;
   }
   if (weight_here != 0) {
     const SideStrides at{static_cast<int>(bins), bin_stride, side_stride, granules != 0};
@@ -286,6 +287,6 @@ DFL_ENTRY_POINT DFL_BOX_NAME(sums, forward, 0)(const Compute<DFL_ELEMENT>* __res
 #define DFL_ENTRIES(k)                                                      \
   DFL_ENTRY(DFL_BOX_NAME(decode, forward, k), 5, kDecodeForwardNumbers)     \
   DFL_ENTRY(DFL_BOX_NAME(decode, backward, k), 5, kDecodeBackwardNumbers)   \
-  DFL_ENTRY(DFL_BOX_NAME(loss, forward, k), 7, kLossForwardNumbers)         \
+  DFL_ENTRY(DFL_BOX_NAME(loss, forward, k), 8, kLossForwardNumbers)         \
   DFL_ENTRY(DFL_BOX_NAME(loss, backward, k), 10, kLossBackwardNumbers)
 DFL_TABLE(boxes, DFL_EACH_BOX_BINS(DFL_ENTRIES) DFL_ENTRY(DFL_BOX_NAME(sums, forward, 0), 4, 1))

@@ -51,7 +51,7 @@ def pointers_of(step: Step, problem: BoxProblem) -> dict[str, str | None]:
         "project": project,
     }
     if not step.backward:
-        return {**pointers, "partials": wide, "anchor_weight": wide if step.keep else None}
+        return {**pointers, "partials": wide, "anchor_weight": wide if problem.keep else None}
     return {**pointers, "normalizer": wide, "grad_iou": wide, "grad_dfl": wide,
             "grad_logits": logits}  # fmt: skip
 

@@ -24,16 +24,12 @@ LAZY_BINS = 33
 
 
 class Step(NamedTuple):
-    """One launch of an operator, or of its gradient: what it computes, or gets the gradient of.
-
-    With `keep` it also writes what the gradient reads in place of larger arguments.
-    """
+    """One launch of an operator, or of its gradient: what it computes, or gets the gradient of."""
 
     name: str
     loss: bool = False
     decode: bool = False
     backward: bool = False
-    keep: bool = False
 
 
 _FORWARD = (
@@ -44,17 +40,16 @@ _FORWARD = (
     Step("box_loss", loss=True),
 )
 _SUMS = Step("box_loss_sums")  # the second launch of box_loss, over the parts of the first
-_KEEP = Step("box_loss_keep", loss=True, keep=True)
 STEPS = {
     step.name: step
     for forward in _FORWARD
     for step in (forward, forward._replace(name=f"{forward.name}_backward", backward=True))
-} | {_SUMS.name: _SUMS, _KEEP.name: _KEEP}
+} | {_SUMS.name: _SUMS}
 
 
 def steps(op: str) -> tuple[str, ...]:
     """The names of an operator's launches, in their order."""
-    return (op, _SUMS.name) if op in ("box_loss", _KEEP.name) else (op,)
+    return (op, _SUMS.name) if op == "box_loss" else (op,)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ RUNS: dict[str, Run] = {
     "triton": functools.partial(on_gpu, "triton"),
     "cuda": functools.partial(on_gpu, "cuda"),
 }
+ON_GPU = (RUNS["triton"], RUNS["cuda"])
 
 
 def differentiable(op: Operator, arguments: Arguments) -> Any:

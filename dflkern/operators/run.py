@@ -19,7 +19,7 @@ from torch import Tensor
 from ..cpu import operators as cpu
 from ..problem import savable
 from . import backends
-from .implementations import RUNS, Run, differentiable, on_cpu, with_project
+from .implementations import ON_GPU, RUNS, Run, differentiable, on_cpu, with_project
 from .modes import is_plain, is_transformed, needs_plain_operations
 from .table import Arguments, Operator
 
@@ -108,8 +108,9 @@ class _FastPath(torch.autograd.Function):
             kept = [name for name in op.saved_on_cpu if name not in op.names]
             setup_context(ctx, op, arguments, dict(zip(kept, found[count:], strict=True)))
             return found[:count]
-        results = run(op, arguments)
-        setup_context(ctx, op, arguments)
+        written, saved = op.condensed(arguments) if op.condensed and run in ON_GPU else ({}, {})
+        results = run(op, {**arguments, **written})
+        setup_context(ctx, op, {**arguments, **saved})
         return results
 
     @staticmethod

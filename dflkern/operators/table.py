@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from ..box_problem import BoxProblem, describe_boxes
-from ..problem import Problem, describe_tensor
+from ..problem import Problem, compute_dtype, describe_tensor
 
 Arguments = dict[str, Any]
 
@@ -57,6 +57,8 @@ class Operator:
             and for an operator without one.
         saved_on_cpu: what is saved instead if the CPU kernels serve the call, through the operators
             `_cpu_<name>_keep`, whose last results they are, and `_cpu_<name>_backward_kept`.
+        condensed: for GPU kernels, from the arguments: memory that the forward fills beside its
+            results, and which arguments the gradient gets in place of those given.
         parts: for each result, the operator that has it alone: its gradient serves where only that
             upstream gradient is given. Without parts, all are given.
         main: the name of the first tensor; in a gradient, of the operator's first.
@@ -80,6 +82,7 @@ class Operator:
     saved: tuple[str, ...] = ()
     backward: Callable[..., Tensor] | None = None
     saved_on_cpu: tuple[str, ...] = ()
+    condensed: Callable[[Arguments], tuple[Arguments, Arguments]] | None = None
     parts: tuple[Operator, ...] = ()
     main: str = ""
     is_gradient: bool = False
@@ -153,6 +156,7 @@ def _boxes(arguments: Mapping[str, Any]) -> BoxProblem:
         margin=arguments.get("margin", 0.0), stride=arguments.get("stride") is not None,
         box_format=arguments.get("box_format", "xyxy"), iou=arguments.get("iou", "ciou"),
         foreground=arguments.get("foreground") is not None, weight=arguments.get("weight"),
+        keep=arguments.get("anchor_weight") is not None,
     )  # fmt: skip
 
 
@@ -169,6 +173,15 @@ def _reduced(*, logits: Tensor, dim: int, reduction: str, **others: Any) -> tupl
     if reduction == "none":
         return shape
     return shape[: dim - 1] + shape[dim:] if reduction == "side_mean" else ()
+
+
+def _with_anchor_weights(arguments: Arguments) -> tuple[Arguments, Arguments]:
+    """Each anchor's weight, 0 in the background, in place of class scores and mask."""
+    logits, weight = arguments["logits"], arguments["weight"]
+    if weight.ndim < 3:
+        return {}, {}
+    kept = logits.new_empty(weight.shape[:2], dtype=compute_dtype(logits.dtype))
+    return {"anchor_weight": kept}, {"weight": kept, "foreground": None}
 
 
 def _scalar(**others: Any) -> tuple[int, ...]:
@@ -241,6 +254,7 @@ BOX_LOSS = Operator(
     problem=_boxes,
     shape=_scalar,
     saved_on_cpu=("logits", "anchor_points", "normalizer", "candidates", "kept", "project"),
+    condensed=_with_anchor_weights,
 )
 
 TABLE = {op.name: op for op in (DFL_LOSS, DFL_DECODE, DFL_LOSS_AND_DECODE, DECODE_BOXES, BOX_LOSS)}

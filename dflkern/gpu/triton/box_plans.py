@@ -24,7 +24,6 @@ KERNELS = {
     "decode_boxes": "boxes_decode_forward_kernel",
     "decode_boxes_backward": "boxes_decode_backward_kernel",
     "box_loss": "boxloss_forward_kernel",
-    "box_loss_keep": "boxloss_forward_kernel",
     "box_loss_sums": "boxloss_sums_kernel",
     "box_loss_backward": "boxloss_backward_kernel",
 }
