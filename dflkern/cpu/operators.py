@@ -35,16 +35,3 @@ def spread(arguments: Arguments) -> Arguments:
     targets = {"target_boxes": torch.stack(box, -1), "weight": weight, "foreground": weight != 0}
     others = {name: arguments[name] for name in arguments if name not in ("candidates", "kept")}
     return {**others, **targets}
-
-
-def reduces(arguments: Arguments) -> bool:
-    """Whether the kernels do all that dfl_loss is asked for.
-
-    They know no weight, and of the reductions the mean over four sides, with the bins last.
-    """
-    reduction, dim, logits = arguments["reduction"], arguments["dim"], arguments["logits"]
-    if arguments["weight"] is not None:
-        return False
-    if reduction == "side_mean":
-        return bool(0 < dim == logits.ndim - 1 and logits.shape[dim - 1] == 4)
-    return bool(reduction == "none")

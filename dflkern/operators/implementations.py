@@ -33,12 +33,6 @@ def on_cpu(op: Operator, arguments: Arguments) -> Any:
     """The results of the C++ kernels, which know no autocast."""
     if op.bins and (arguments["project"] is not None or arguments["positions"] is not None):
         arguments = with_project(arguments)
-    if "reduction" in arguments and not cpu.reduces(arguments):
-        return _reduced(_run_on_cpu, op, arguments)
-    return _run_on_cpu(op, arguments)
-
-
-def _run_on_cpu(op: Operator, arguments: Arguments) -> Any:
     return cpu.run(op.name, arguments)
 
 

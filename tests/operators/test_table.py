@@ -73,14 +73,11 @@ CPP = [
 
 @pytest.mark.parametrize(("op", "name"), CPP, ids=[name for _, name in CPP])
 def test_the_cpp_operator_takes_the_records_names(op, name):
-    """All but the weight and the normalizer of dfl_loss, which PyTorch's operations add."""
     if not cpu_library.load():
         pytest.skip(f"no CPU library: {cpu_library.describe()}")
     found = getattr(torch.ops.dflkern, f"_cpu_{name}").default._schema
     names = [argument.name for argument in found.arguments]
     absent = {"positions", "backend"}
-    if "reduction" in op.names:
-        absent |= {"weight", "normalizer"}
     if name == "box_loss_backward_kept":
         absent |= {"target_boxes", "weight", "foreground"}
         names = [each for each in names if each not in ("candidates", "kept")]

@@ -77,8 +77,7 @@ def _find(
 
 @triton.jit
 def _take(bits, lane, BLOCK: tl.constexpr):
-    """Of the lowest BLOCK / 4 bits the number for each four lanes, if there is one, and the rest.
-    """
+    """Of the lowest BLOCK / 4 bits the number for each four lanes, if there is one, and the rest."""
     own = tl.zeros((BLOCK,), tl.uint32) + bits
     for i in tl.static_range(BLOCK // 4 - 1):
         own = tl.where(lane // 4 > i, own & (own - 1), own)
@@ -145,9 +144,7 @@ def boxloss_forward_kernel(
         within, found, bits = _take(bits, lane, BLOCK)
         anchor = block + within
         point, edge = _edges(anchor_points_ptr, target_boxes_ptr, anchor, side, n, found)
-        side_ptr = logits_ptr + (
-            image * batch_stride + anchor * anchor_stride + side * side_stride
-        )
+        side_ptr = logits_ptr + (image * batch_stride + anchor * anchor_stride + side * side_stride)
         z = ()
         if UNROLL:  # before anything is waited for
             z = read_bins(side_ptr, bin_stride, found, K, CHUNK)
@@ -160,9 +157,7 @@ def boxloss_forward_kernel(
                 tl.store(anchor_weight_ptr + within, weight, mask=found & (side == 0))
         else:
             weight = tl.gather(weights, within, 0)
-        t, left, right_weight = place_target(
-            (edge - point) * sign, project_ptr, K, MARGIN, PROJECT
-        )
+        t, left, right_weight = place_target((edge - point) * sign, project_ptr, K, MARGIN, PROJECT)
         if UNROLL:
             dfl, position = forward(
                 z, t, left, right_weight, project_ptr, K, True, True, PROJECT
@@ -293,9 +288,7 @@ def boxloss_backward_kernel(
         normalizer = tl.load(normalizer_ptr)
         grad_iou = tl.load(grad_iou_ptr)
         grad_dfl = tl.load(grad_dfl_ptr)
-        side_ptr = logits_ptr + (
-            image * batch_stride + anchor * anchor_stride + side * side_stride
-        )
+        side_ptr = logits_ptr + (image * batch_stride + anchor * anchor_stride + side * side_stride)
         grad_ptr = grad_logits_ptr + (
             image * batch_grad_stride + anchor * anchor_grad_stride + side * side_grad_stride
         )
@@ -312,9 +305,7 @@ def boxloss_backward_kernel(
         scale = weight / normalizer
         to_iou = -grad_iou * scale
         to_dfl = grad_dfl * scale * 0.25
-        t, left, right_weight = place_target(
-            (edge - point) * sign, project_ptr, K, MARGIN, PROJECT
-        )
+        t, left, right_weight = place_target((edge - point) * sign, project_ptr, K, MARGIN, PROJECT)
         active = found & (weight != 0)
         if UNROLL:
             e, s, moment = exponentials(z, project_ptr, K, True, PROJECT)
