@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Problem, describe
+from .problem import Problem, describe, strides_like
 
 
 class Strides(NamedTuple):
@@ -53,6 +53,8 @@ class BoxProblem(Problem):
     foreground: bool = False
     weight: Weight | None = None
     keep: bool = False  # whether box_loss also writes the weight of each anchor
+
+    __hash__ = Problem.__hash__
 
 
 def describe_boxes(
@@ -101,7 +103,7 @@ def _describe(
     problem = describe(
         shape, stride, dtype, device, dim, aligned=aligned, margin=margin, project=project
     )
-    gradient = torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
+    gradient = strides_like(shape, stride)
     order = (0, 1, 2, 3) if dim == 3 else (0, 3, 1, 2)
     return BoxProblem(
         **{field.name: getattr(problem, field.name) for field in fields(Problem)},

@@ -1,17 +1,44 @@
-"""Running launch plans: which devices Triton can serve, preparation, and the launches."""
+"""Running launch plans: which devices Triton can serve, preparation, and the launches.
+
+What a launch needs beyond its tensors is kept as a `Ready`: by a key without sizes where the
+distributions are one contiguous range of memory, else by the problem. A compiled kernel is kept by
+what it was compiled from, which has no sizes in it.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..problem import Problem
-from .launch_plan import LaunchPlan, Start, steps
+from ..box_problem import BoxProblem
+from ..problem import Problem, compute_dtype, describe_besides
+from .launch_plan import LaunchPlan, Start, programs_for, steps
 from .plans import plan
 from .triton import kernel_of
+
+
+class Ready(NamedTuple):
+    """One launch of an operator, loaded on a device.
+
+    Attributes:
+        start: takes the tensors of these roles and then numbers.
+        rows, scratch: of `LaunchPlan`. With rows, the grid and the only number follow from n.
+        counts: whether the numbers are the programs of the launch before and n.
+    """
+
+    start: Start
+    roles: tuple[str, ...]
+    grid: tuple[int, int, int]
+    numbers: tuple[int | float, ...]
+    rows: tuple[int, int] | None
+    scratch: tuple[str, int] | None
+    counts: bool
 
 
 def why_not(device: torch.device) -> list[str]:
@@ -31,35 +58,126 @@ def interpreted() -> bool:
     return not hasattr(kernel_of("columns_forward_kernel"), "cache_key")
 
 
-def run(
-    op: str, problem: Problem, backend: str, tensors: dict[str, Tensor], results: dict[str, Tensor]
-) -> None:
-    """Launch op, which writes its results.
+_rows: dict[tuple[Any, ...], tuple[Ready, ...]] = {}
+
+
+def run_rows(op: str, tensors: dict[str, Any], describe: Callable[[], Problem]) -> bool:
+    """Launch a Triton operator on distributions that are one aligned range of memory.
+
+    Args:
+        op: the operator's name.
+        tensors: its arguments and results by name.
+        describe: the Problem of the arguments, asked for once for all sizes.
+
+    Returns:
+        Whether it was launched: not for other layouts, nor without distributions.
+    """
+    logits: Tensor = tensors["logits"]
+    if not logits.is_cuda or tensors["dim"] != logits.ndim - 1 or not logits.is_contiguous():
+        return False
+    bins = logits.shape[-1]
+    n = logits.numel() // bins
+    beside = describe_besides(tensors)
+    if not n or logits.data_ptr() % 16 or not beside.in_place:
+        return False
+    key = (
+        op, logits.dtype, bins, logits.get_device(), tensors.get("margin"),
+        tensors["project"] is not None, n >= 1 << 31, beside,
+    )  # fmt: skip
+    ready = _rows.get(key)
+    if ready is None:
+        ready = _rows[key] = _prepare(op, describe(), "triton", logits.device)
+    if ready[0].rows is None:  # long rows with a project, or a weight with strides of its own
+        return False
+    _start(ready, logits, tensors, n)
+    return True
+
+
+def run(op: str, problem: Problem, backend: str, tensors: dict[str, Any]) -> None:
+    """Launch an operator on any problem with distributions.
 
     Args:
         op: the operator's name.
         problem: of these logits; if it says that they are copied, they are the copy.
         backend: "triton" or "cuda".
-        tensors: what the operator is given, by role, of any dtype and strides.
-        results: memory for what it returns, by role.
+        tensors: its arguments and results by name, of any dtype and strides.
     """
-    if not problem.count:
-        for result in results.values():
-            result.zero_()  # sums over nothing; the others have no elements
+    held = _held(problem, backend, tensors)
+    logits = held["logits"]
+    if backend == "triton" and logits.is_cuda:
+        _start(_prepare_once(op, problem, backend, logits.device), logits, held, problem.count)
         return
-    launches = [plan(step, problem, backend) for step in steps(op)]
-    held = {
-        role: value if role in IN_PLACE else _prepared(value, problem.compute_dtype)
-        for role, value in tensors.items()
-    }
-    if len(launches) > 1:  # sums in stages: one part for each program of the first launch
-        programs = launches[0].grid[0] * launches[0].grid[1]
-        held["partials"] = held["logits"].new_empty((3, programs), dtype=problem.compute_dtype)
-    for each in launches:
-        launch(each, {**held, **results})
+    for step in steps(op, problem.beside.reduction):
+        launch(plan(step, problem, backend), held)
 
 
-IN_PLACE = ("logits", "weight")  # read where they are, whatever their strides
+def _prepare(
+    op: str, problem: Problem, backend: str, device: torch.device
+) -> tuple[Ready, ...]:  # fmt: skip
+    ready = []
+    for step in steps(op, problem.beside.reduction):
+        one = plan(step, problem, backend)
+        roles = [a.value for a in one.arguments if isinstance(a.value, str)]
+        numbers = [a.value for a in one.arguments if not isinstance(a.value, str)]
+        with torch.cuda.device(device):
+            start = loaded(one, device.index)
+        ready.append(
+            Ready(start, tuple(roles), one.grid, tuple(numbers), one.rows, one.scratch, one.counts)
+        )
+    return tuple(ready)
+
+
+_prepare_once = functools.lru_cache(maxsize=4096)(_prepare)
+
+
+def _start(ready: tuple[Ready, ...], logits: Tensor, tensors: dict[str, Any], n: int) -> None:
+    device = logits.get_device()
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            _start(ready, logits, tensors, n)
+        return
+    stream = current_stream(device)
+    programs = 0
+    for start, roles, (x, y, z), numbers, rows, scratch, counts in ready:
+        if rows is not None:
+            x, numbers = programs_for(n, rows), (n,)
+        elif counts:
+            numbers = (programs, n)
+        programs = x * y * z
+        if scratch is not None:
+            _add_scratch(tensors, scratch, programs, n)
+        start(x, y, z, stream, *[tensors[role].data_ptr() for role in roles], *numbers)
+
+
+def _add_scratch(tensors: dict[str, Any], scratch: tuple[str, int], programs: int, n: int) -> None:
+    role, each = scratch
+    logits = tensors["logits"]
+    tensors[role] = logits.new_empty(each * programs or n, dtype=compute_dtype(logits.dtype))
+
+
+IN_PLACE = ("logits", "weight")  # of boxes: read where they are, whatever their strides
+
+
+def _held(problem: Problem, backend: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors as a plan takes them."""
+    held = dict(tensors)
+    if backend == "triton" and not isinstance(problem, BoxProblem):
+        beside, dim = problem.beside, tensors["dim"]
+        logits = tensors["logits"]
+        shape = logits.shape[:dim] + logits.shape[dim + 1 :]
+        if tensors.get("target") is not None:
+            held["target"] = tensors["target"].contiguous()
+        for name in ("weight", "grad_loss", "grad_position"):
+            value, how = tensors.get(name), getattr(beside, name)
+            if value is not None and how.mode == "dense":
+                if beside.reduction == "side_mean" and name == "grad_loss":
+                    value = value.unsqueeze(dim - 1)
+                held[name] = value.expand(shape).contiguous()
+        return held
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and name not in IN_PLACE:
+            held[name] = _prepared(value, problem.compute_dtype)
+    return held
 
 
 def _prepared(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,29 +192,22 @@ def packed(value: Tensor) -> Tensor:
     return value if value.data_ptr() % 16 == 0 else value.clone()
 
 
-def launch(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
-    """Run a plan on tensors by role, on their device and the current stream."""
-    device = next(iter(tensors.values())).device
+def launch(launch_plan: LaunchPlan, tensors: dict[str, Any]) -> None:
+    """Run a plan on tensors by role; on a GPU, those of the CUDA library."""
+    if launch_plan.scratch is not None:
+        programs = math.prod(launch_plan.grid)
+        n = tensors["target"].numel() if "target" in tensors else 0
+        _add_scratch(tensors, launch_plan.scratch, programs, n)
     if launch_plan.backend == "cuda":
         _launch_cuda(launch_plan, tensors)
-    elif device.type == "cpu":
-        arguments = {
-            argument.name: tensors[argument.value]
-            if isinstance(argument.value, str)
-            else argument.value
-            for argument in launch_plan.arguments
-        }
-        kernel_of(launch_plan.kernel)[launch_plan.grid](**arguments, **dict(launch_plan.constants))
-    else:
-        with torch.cuda.device(device):
-            start = loaded(launch_plan, device.index)
-            values = [
-                tensors[argument.value].data_ptr()
-                if isinstance(argument.value, str)
-                else argument.value
-                for argument in launch_plan.arguments
-            ]
-            start(*launch_plan.grid, current_stream(device.index), *values)
+        return
+    arguments = {
+        argument.name: tensors[argument.value]
+        if isinstance(argument.value, str)
+        else argument.value
+        for argument in launch_plan.arguments
+    }
+    kernel_of(launch_plan.kernel)[launch_plan.grid](**arguments, **dict(launch_plan.constants))
 
 
 def current_stream(device: int) -> int:
@@ -123,7 +234,7 @@ def loaded(launch_plan: LaunchPlan, device: int) -> Start:
     return start
 
 
-def _launch_cuda(launch_plan: LaunchPlan, tensors: dict[str, Tensor]) -> None:
+def _launch_cuda(launch_plan: LaunchPlan, tensors: dict[str, Any]) -> None:
     """Pointers, the bound of the targets and numbers stand in the kernel's order."""
     names = [argument.name for argument in launch_plan.arguments]
     values = [argument.value for argument in launch_plan.arguments]

@@ -39,17 +39,20 @@ _FORWARD = (
     Step("decode_boxes", decode=True),
     Step("box_loss", loss=True),
 )
-_SUMS = Step("box_loss_sums")  # the second launch of box_loss, over the parts of the first
+# The second launch of a reduced loss, over what the first one wrote
+_SUMS = (Step("dfl_loss_sums"), Step("box_loss_sums"))
 STEPS = {
     step.name: step
     for forward in _FORWARD
     for step in (forward, forward._replace(name=f"{forward.name}_backward", backward=True))
-} | {_SUMS.name: _SUMS}
+} | {step.name: step for step in _SUMS}
 
 
-def steps(op: str) -> tuple[str, ...]:
+def steps(op: str, reduction: str = "none") -> tuple[str, ...]:
     """The names of an operator's launches, in their order."""
-    return (op, _SUMS.name) if op == "box_loss" else (op,)
+    if op == "box_loss" or (op == "dfl_loss" and reduction != "none"):
+        return op, f"{op}_sums"
+    return (op,)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,11 @@ class LaunchPlan:
     """How one operator runs on one problem: kernel, grid, block, arguments, constants.
 
     `block` counts threads on NVIDIA GPUs. `shared` is the bytes of dynamic shared memory, beside
-    what the kernel itself declares; None where the compiler decides.
+    what the kernel itself declares; None where the compiler decides. `rows` is for kernels that
+    take nothing but the number n of distributions, whose plan serves any n: how many distributions
+    a lane takes, and the lanes of a program. `scratch` is the role of a tensor in the compute dtype
+    that this launch writes and the next one reads, and how many numbers each program writes there,
+    0 for one for each distribution.
     """
 
     op: str
@@ -83,6 +90,9 @@ class LaunchPlan:
     arguments: tuple[Argument, ...]
     constants: tuple[tuple[str, Any], ...]
     shared: int | None = None
+    rows: tuple[int, int] | None = None
+    counts: bool = False
+    scratch: tuple[str, int] | None = None
 
     @property
     def num_warps(self) -> int:
@@ -110,3 +120,9 @@ class Start(Protocol):
 def blocks(n: int, block: int) -> int:
     """How many blocks hold n."""
     return -(-n // block)
+
+
+def programs_for(n: int, rows: tuple[int, int]) -> int:
+    """How many programs take n distributions; those that fill no lane get one more program."""
+    each, block = rows
+    return -(-(n // each) // block) + (n % each > 0)

@@ -203,7 +203,8 @@ def _plans(op: Operator, problem: Problem, backend: str) -> list[str]:
     lines = []
     for direction, each in (("forward", op), ("backward", op.gradient)):
         assert each is not None
-        launches = [plan(step, problem, backend) for step in steps(each.name)]
+        reduction = problem.beside.reduction if backend == "triton" else "none"
+        launches = [plan(step, problem, backend) for step in steps(each.name, reduction)]
         words = [f"{one.kernel}, grid {one.grid}, block {one.block[0]}" for one in launches]
         lines.append(f"    {direction}: {', then '.join(words)}")
     return lines

@@ -36,9 +36,16 @@ def on_cpu(op: Operator, arguments: Arguments) -> Any:
     return cpu.run(op.name, arguments)
 
 
-def on_gpu(backend: str, op: Operator, arguments: Arguments) -> Any:
-    """The results of the kernels of a GPU backend."""
-    launched = functools.partial(_launch, backend)
+def on_triton(op: Operator, arguments: Arguments) -> Any:
+    """The results of the Triton kernels, which do all that an operator is asked for."""
+    if op.bins and (arguments["project"] is not None or arguments["positions"] is not None):
+        arguments = with_project(arguments)
+    return _launch("triton", op, arguments)
+
+
+def on_cuda(op: Operator, arguments: Arguments) -> Any:
+    """The results of the CUDA kernels."""
+    launched = functools.partial(_launch, "cuda")
     with without_autocast(arguments[op.main].device):
         arguments = with_project(arguments) if op.bins else arguments
         if "reduction" in arguments:
@@ -59,8 +66,8 @@ def on_reference(op: Operator, arguments: Arguments) -> Any:
 RUNS: dict[str, Run] = {
     "cpu": on_cpu,
     "reference": on_reference,
-    "triton": functools.partial(on_gpu, "triton"),
-    "cuda": functools.partial(on_gpu, "cuda"),
+    "triton": on_triton,
+    "cuda": on_cuda,
 }
 ON_GPU = (RUNS["triton"], RUNS["cuda"])
 
@@ -94,17 +101,25 @@ def _reduced(run: Run, op: Operator, arguments: Arguments) -> Any:
 
 
 def _launch(backend: str, op: Operator, arguments: Arguments) -> Any:
-    main = arguments[op.main]
-    assert op.problem is not None
-    problem = op.problem(arguments)
-    if problem.copied:
-        arguments = {**arguments, op.main: main.contiguous()}
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    results = dict(zip(op.results, empty_results(op, arguments), strict=True))
-    launch.run(op.name, problem, backend, tensors, results)
-    if op.is_gradient:
-        return _like(main, results[op.results[0]])
-    return results[op.results[0]] if len(results) == 1 else tuple(results.values())
+    results = empty_results(op, arguments)
+    tensors = {**arguments, **dict(zip(op.results, results, strict=True))}
+    describe = op.problem
+    assert describe is not None
+    rows = backend == "triton" and op.rows
+    if not (rows and launch.run_rows(op.name, tensors, lambda: describe(arguments))):
+        problem = describe(arguments)
+        if problem.copied:
+            tensors[op.main] = arguments[op.main].contiguous()
+            if op.is_gradient:
+                tensors[op.results[0]] = torch.empty_like(tensors[op.main])
+        if problem.count:
+            launch.run(op.name, problem, backend, tensors)
+        else:
+            for result in results:
+                result.zero_()  # sums over nothing; the others have no elements
+        if problem.copied and op.is_gradient:
+            results = [results[0].copy_(tensors[op.results[0]])]
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def empty_results(op: Operator, arguments: Arguments) -> list[Tensor]:

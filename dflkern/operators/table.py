@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from ..box_problem import BoxProblem, describe_boxes
-from ..problem import Problem, compute_dtype, describe_tensor
+from ..problem import Problem, compute_dtype, describe_besides, describe_tensor
 
 Arguments = dict[str, Any]
 
@@ -63,6 +63,7 @@ class Operator:
             upstream gradient is given. Without parts, all are given.
         main: the name of the first tensor; in a gradient, of the operator's first.
         is_gradient: whether it is the gradient of an operator.
+        rows: whether it works on each distribution alone, wherever that is.
         names: of all arguments, in the order of the schema.
         upstream: the names of the upstream gradients.
         absent: all tensors by name, as None.
@@ -86,6 +87,7 @@ class Operator:
     parts: tuple[Operator, ...] = ()
     main: str = ""
     is_gradient: bool = False
+    rows: bool = False
     names: tuple[str, ...] = field(init=False)
     upstream: tuple[str, ...] = field(init=False)
     absent: dict[str, None] = field(init=False)
@@ -116,6 +118,7 @@ class Operator:
                 kernels=self.kernels,
                 main=tensors[0],
                 is_gradient=True,
+                rows=self.rows,
             )
         for name, value in derived.items():
             object.__setattr__(self, name, value)  # the record is frozen
@@ -146,7 +149,7 @@ class Operator:
 def _distributions(arguments: Mapping[str, Any]) -> Problem:
     return describe_tensor(
         arguments["logits"], arguments["dim"], margin=arguments.get("margin", 0.0),
-        project=_has_project(arguments),
+        project=_has_project(arguments), beside=describe_besides(arguments),
     )  # fmt: skip
 
 
@@ -199,6 +202,7 @@ DFL_LOSS = Operator(
     forward=reference.dfl_loss,
     backward=reference.dfl_loss_backward,
     problem=_distributions,
+    rows=True,
     shape=_reduced,
 )
 DFL_DECODE = Operator(
@@ -210,6 +214,7 @@ DFL_DECODE = Operator(
     forward=reference.dfl_decode,
     backward=reference.dfl_decode_backward,
     problem=_distributions,
+    rows=True,
     shape=_without_bins,
 )
 DFL_LOSS_AND_DECODE = Operator(
@@ -221,6 +226,7 @@ DFL_LOSS_AND_DECODE = Operator(
     forward=reference.dfl_loss_and_decode,
     backward=reference.dfl_loss_and_decode_backward,
     problem=_distributions,
+    rows=True,
     shape=_without_bins,
     parts=(DFL_LOSS, DFL_DECODE),
 )

@@ -32,6 +32,7 @@ def plan_boxes(step: Step, problem: BoxProblem) -> LaunchPlan:
         arguments=tuple(arguments),
         constants=(),
         shared=0,
+        scratch=("partials", 3) if step.name == "box_loss" else None,
     )
 
 

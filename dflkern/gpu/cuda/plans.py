@@ -83,11 +83,11 @@ def prefers_triton(problem: Problem) -> bool:
 def _paired(problem: Problem) -> bool:
     """Whether neighbours along the lanes' axis can be read and written two at a time."""
     axis, middle, outer = grid_axes(problem)
-    if not problem.aligned or axis[1:] != (1, 1, 1):
+    if not problem.aligned or axis[1:4] != (1, 1, 1):
         return False
     if problem.project and problem.num_bins > PAIRED_POSITIONS:
         return False
-    strides = (problem.bin_stride, problem.grad_bin_stride, *middle[1:], *outer[1:])
+    strides = (problem.bin_stride, problem.grad_bin_stride, *middle[1:4], *outer[1:4])
     return all(number % 2 == 0 for number in (axis.size, *strides))
 
 

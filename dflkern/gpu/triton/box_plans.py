@@ -47,7 +47,8 @@ def plan_boxes(step: Step, problem: BoxProblem) -> LaunchPlan:
         unaligned.append("weight")
     return triton_plan(
         step.name, KERNELS[step.name], grid, warps, pointers_of(step, problem), tuple(unaligned),
-        numbers, constants,
+        numbers, constants, multiples=True,
+        scratch=("partials", 3) if step.name == "box_loss" else None,
     )  # fmt: skip
 
 

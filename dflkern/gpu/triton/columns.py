@@ -9,7 +9,14 @@ int64.
 import triton
 import triton.language as tl
 
-from .distribution import place_target, widen
+from .distribution import (
+    load_beside,
+    place_target,
+    store_loss,
+    upstream_loss,
+    weighted,
+    widen,
+)
 from .lanes import backward_at, forward_at
 
 
@@ -21,10 +28,12 @@ def _offset(lane, axis_stride, middle_stride, outer_stride):
 
 @triton.jit
 def columns_forward_kernel(
-    logits_ptr, target_ptr, project_ptr, loss_ptr, position_ptr,
+    logits_ptr, target_ptr, project_ptr, weight_ptr, loss_ptr, position_ptr,
     n, bin_stride, axis_stride, middle_stride, outer_stride,
     axis_output_stride, middle_output_stride, outer_output_stride,
+    axis_weight_stride, middle_weight_stride, outer_weight_stride,
     K: tl.constexpr, MARGIN: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr,
+    WEIGHT: tl.constexpr, SIDES: tl.constexpr, SUM: tl.constexpr,
     PROJECT: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss and expected position."""
@@ -34,25 +43,32 @@ def columns_forward_kernel(
     output = _offset(lane, axis_output_stride, middle_output_stride, outer_output_stride)
     t = widen(tl.zeros((BLOCK,), logits_ptr.dtype.element_ty))
     if LOSS:
-        t = tl.load(target_ptr + output, mask=live, other=0.0)
+        t = tl.load(target_ptr + output, mask=live, other=0.0).to(t.dtype)
     t, left, right_weight = place_target(t, project_ptr, K, MARGIN, PROJECT)
     loss, position = forward_at(
         logits_ptr, bin_stride, live, t, left, right_weight, project_ptr,
         K, LOSS, POSITION, PROJECT, UNROLL, 1,
     )  # fmt: skip
     if LOSS:
-        tl.store(loss_ptr + output, loss, mask=live)
+        own = _offset(lane, axis_weight_stride, middle_weight_stride, outer_weight_stride)
+        loss = weighted(loss, weight_ptr, output, own, live, WEIGHT, SIDES)
+        store_loss(loss_ptr, output, loss, live, SUM)
     if POSITION:
         tl.store(position_ptr + output, position, mask=live)
 
 
 @triton.jit
 def columns_backward_kernel(
-    logits_ptr, target_ptr, project_ptr, grad_loss_ptr, grad_position_ptr, grad_logits_ptr,
+    logits_ptr, target_ptr, project_ptr, weight_ptr, normalizer_ptr, grad_loss_ptr,
+    grad_position_ptr, grad_logits_ptr,
     n, bin_stride, axis_stride, middle_stride, outer_stride,
     axis_output_stride, middle_output_stride, outer_output_stride,
-    grad_bin_stride, axis_grad_stride, middle_grad_stride, outer_grad_stride,
+    axis_weight_stride, middle_weight_stride, outer_weight_stride,
+    axis_upstream_stride, middle_upstream_stride, outer_upstream_stride,
+    grad_bin_stride, axis_grad_stride, middle_grad_stride, outer_grad_stride, count,
     K: tl.constexpr, MARGIN: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr,
+    WEIGHT: tl.constexpr, SIDES: tl.constexpr, DIVIDE: tl.constexpr,
+    GRAD_LOSS: tl.constexpr, GRAD_POSITION: tl.constexpr,
     PROJECT: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits."""
@@ -61,14 +77,19 @@ def columns_backward_kernel(
     logits_ptr += _offset(lane, axis_stride, middle_stride, outer_stride)
     grad_logits_ptr += _offset(lane, axis_grad_stride, middle_grad_stride, outer_grad_stride)
     output = _offset(lane, axis_output_stride, middle_output_stride, outer_output_stride)
+    own = _offset(lane, axis_upstream_stride, middle_upstream_stride, outer_upstream_stride)
     t = widen(tl.zeros((BLOCK,), logits_ptr.dtype.element_ty))
     grad_loss = t
     grad_position = t
     if LOSS:
-        t = tl.load(target_ptr + output, mask=live, other=0.0)
-        grad_loss = tl.load(grad_loss_ptr + output, mask=live, other=0.0)
+        t = tl.load(target_ptr + output, mask=live, other=0.0).to(t.dtype)
+        weights = _offset(lane, axis_weight_stride, middle_weight_stride, outer_weight_stride)
+        grad_loss = upstream_loss(
+            grad_loss_ptr, weight_ptr, normalizer_ptr, count, output, own, weights, live,
+            GRAD_LOSS, WEIGHT, DIVIDE, SIDES,
+        )  # fmt: skip
     if POSITION:
-        grad_position = tl.load(grad_position_ptr + output, mask=live, other=0.0)
+        grad_position = load_beside(grad_position_ptr, output, own, live, GRAD_POSITION, SIDES)
     t, left, right_weight = place_target(t, project_ptr, K, MARGIN, PROJECT)
     backward_at(
         logits_ptr, bin_stride, grad_logits_ptr, grad_bin_stride, live,

@@ -28,6 +28,68 @@ def clamp(t, low, high):
 
 
 @triton.jit
+def load_beside(
+    ptr, offset, own_offset, live, MODE: tl.constexpr, SIDES: tl.constexpr
+):  # fmt: skip
+    """What a tensor beside the logits, of a `problem.Beside` mode, holds for distributions.
+
+    `offset` is theirs in a contiguous tensor of the target's shape, `own_offset` theirs in this one
+    where it has strides of its own.
+    """
+    if MODE == "scalar":
+        return tl.load(ptr) + tl.zeros(offset.shape, ptr.dtype.element_ty)
+    elif MODE == "sides":
+        return tl.load(ptr + offset // SIDES, mask=live, other=0.0)
+    elif MODE == "strided":
+        return tl.load(ptr + own_offset, mask=live, other=0.0)
+    else:
+        return tl.load(ptr + offset, mask=live, other=0.0)
+
+
+@triton.jit
+def weighted(
+    loss, weight_ptr, offset, own_offset, live, WEIGHT: tl.constexpr, SIDES: tl.constexpr
+):  # fmt: skip
+    """The loss of each distribution times its weight."""
+    if WEIGHT == "":
+        return loss
+    else:
+        weight = load_beside(weight_ptr, offset, own_offset, live, WEIGHT, SIDES)
+        return loss * weight.to(loss.dtype)
+
+
+@triton.jit
+def upstream_loss(
+    grad_loss_ptr, weight_ptr, normalizer_ptr, count, offset, own_offset, own_weight_offset, live,
+    GRAD_LOSS: tl.constexpr, WEIGHT: tl.constexpr, DIVIDE: tl.constexpr, SIDES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of each distribution's loss, from that of what `dfl_loss` returned."""
+    grad = load_beside(grad_loss_ptr, offset, own_offset, live, GRAD_LOSS, SIDES)
+    if DIVIDE == "count":
+        grad = grad / count
+    elif DIVIDE == "sides":
+        grad = grad / SIDES
+    elif DIVIDE == "normalizer":
+        grad = grad / tl.load(normalizer_ptr).to(grad.dtype)
+    return weighted(grad, weight_ptr, offset, own_weight_offset, live, WEIGHT, SIDES)
+
+
+@triton.jit
+def store_loss(loss_ptr, offset, loss, live, SUM: tl.constexpr):
+    """Store each loss, or their sum in the place of this program."""
+    if SUM:
+        program = tl.program_id(0).to(tl.int64) + tl.num_programs(0) * (
+            tl.program_id(1) + tl.num_programs(1) * tl.program_id(2).to(tl.int64)
+        )
+        total = tl.where(live, loss, 0.0)
+        if len(loss.shape) == 2:
+            total = tl.sum(total, 1)
+        tl.store(loss_ptr + program, tl.sum(total, 0))
+    else:
+        tl.store(loss_ptr + offset, loss, mask=live)
+
+
+@triton.jit
 def position_of(k, project_ptr, PROJECT: tl.constexpr):
     """W_k."""
     if PROJECT:

@@ -8,13 +8,27 @@ lazy   a lane owns C = 16 / itemsize rows, which are exactly K granules: any K
 import triton
 import triton.language as tl
 
-from .distribution import LN2, LOG2E, backward, clamp, forward, place_target, slopes, widen
+from .distribution import (
+    LN2,
+    LOG2E,
+    backward,
+    clamp,
+    forward,
+    load_beside,
+    place_target,
+    slopes,
+    store_loss,
+    upstream_loss,
+    weighted,
+    widen,
+)
 
 
 @triton.jit
 def rows_chunk_forward_kernel(
-    logits_ptr, target_ptr, loss_ptr, position_ptr, n,
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, position_ptr, n,
     K: tl.constexpr, MARGIN: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr,
+    WEIGHT: tl.constexpr, SIDES: tl.constexpr, SUM: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss and expected position; K is a multiple of CHUNK."""
@@ -30,7 +44,7 @@ def rows_chunk_forward_kernel(
         m = tl.maximum(m, tl.max(z[c], 1))
     t = tl.zeros_like(m)
     if LOSS:
-        t = tl.load(target_ptr + row, mask=live, other=0.0)
+        t = tl.load(target_ptr + row, mask=live, other=0.0).to(m.dtype)
         t = clamp(t, 0.0, K - 1 - MARGIN)
     s = tl.zeros_like(m)
     moment = tl.zeros_like(m)
@@ -46,15 +60,17 @@ def rows_chunk_forward_kernel(
             y = 1.0 - tl.abs(t[:, None] - k)
             dot += tl.sum(tl.where(y > 0, y * x, 0.0), 1)
     if LOSS:
-        tl.store(loss_ptr + row, (tl.log2(s) - dot) * LN2, mask=live)
+        loss = weighted((tl.log2(s) - dot) * LN2, weight_ptr, row, row, live, WEIGHT, SIDES)
+        store_loss(loss_ptr, row, loss, live, SUM)
     if POSITION:
         tl.store(position_ptr + row, moment / s, mask=live)
 
 
 @triton.jit
 def rows_tile_forward_kernel(
-    logits_ptr, target_ptr, loss_ptr, position_ptr, n,
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, position_ptr, n,
     K: tl.constexpr, MARGIN: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr,
+    WEIGHT: tl.constexpr, SIDES: tl.constexpr, SUM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Loss and expected position, the bins padded to BLOCK_K."""
@@ -71,18 +87,23 @@ def rows_tile_forward_kernel(
     e = tl.exp2(x)
     s = tl.sum(e, 1)
     if LOSS:
-        t = clamp(tl.load(target_ptr + row, mask=live, other=0.0), 0.0, K - 1 - MARGIN)
+        t = tl.load(target_ptr + row, mask=live, other=0.0).to(m.dtype)
+        t = clamp(t, 0.0, K - 1 - MARGIN)
         y = 1.0 - tl.abs(t[:, None] - k)
         dot = tl.sum(tl.where(y > 0, y * x, 0.0), 1) + t * 0
-        tl.store(loss_ptr + row, (tl.log2(s) - dot) * LN2, mask=live)
+        loss = weighted((tl.log2(s) - dot) * LN2, weight_ptr, row, row, live, WEIGHT, SIDES)
+        store_loss(loss_ptr, row, loss, live, SUM)
     if POSITION:
         tl.store(position_ptr + row, tl.sum(e * k, 1) / s, mask=live)
 
 
 @triton.jit
 def rows_tile_backward_kernel(
-    logits_ptr, target_ptr, grad_loss_ptr, grad_position_ptr, grad_logits_ptr, n,
+    logits_ptr, target_ptr, weight_ptr, normalizer_ptr, grad_loss_ptr, grad_position_ptr,
+    grad_logits_ptr, n,
     K: tl.constexpr, MARGIN: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr,
+    WEIGHT: tl.constexpr, SIDES: tl.constexpr, DIVIDE: tl.constexpr,
+    GRAD_LOSS: tl.constexpr, GRAD_POSITION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits, the bins padded to BLOCK_K."""
@@ -101,11 +122,15 @@ def rows_tile_backward_kernel(
     grad_loss = t
     grad_position = t
     if LOSS:
-        t = clamp(tl.load(target_ptr + row, mask=live, other=0.0), 0.0, K - 1 - MARGIN)
-        grad_loss = tl.load(grad_loss_ptr + row, mask=live, other=0.0)
+        t = tl.load(target_ptr + row, mask=live, other=0.0).to(m.dtype)
+        t = clamp(t, 0.0, K - 1 - MARGIN)
+        grad_loss = upstream_loss(
+            grad_loss_ptr, weight_ptr, normalizer_ptr, n, row, row, row, live,
+            GRAD_LOSS, WEIGHT, DIVIDE, SIDES,
+        )  # fmt: skip
     if POSITION:
         moment = tl.sum(e * k, 1)
-        grad_position = tl.load(grad_position_ptr + row, mask=live, other=0.0)
+        grad_position = load_beside(grad_position_ptr, row, row, live, GRAD_POSITION, SIDES)
     a, b, expected = slopes(t, s, moment, grad_loss, grad_position, LOSS, POSITION)
     slope = tl.broadcast_to(b[:, None], e.shape)
     if POSITION:
@@ -169,8 +194,9 @@ def _load_row(logits_ptr, row, live, K: tl.constexpr):
 
 @triton.jit
 def _leftover_forward(
-    logits_ptr, target_ptr, project_ptr, loss_ptr, position_ptr, groups, n,
+    logits_ptr, target_ptr, project_ptr, weight_ptr, loss_ptr, position_ptr, groups, n,
     K: tl.constexpr, MARGIN: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr,
+    WEIGHT: tl.constexpr, SIDES: tl.constexpr, SUM: tl.constexpr,
     PROJECT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     last = groups.to(tl.int64) * C + tl.arange(0, C)
@@ -178,20 +204,23 @@ def _leftover_forward(
     z = _load_row(logits_ptr, last, left_over, K)
     t = tl.zeros_like(z[0])
     if LOSS:
-        t = tl.load(target_ptr + last, mask=left_over, other=0.0)
+        t = tl.load(target_ptr + last, mask=left_over, other=0.0).to(t.dtype)
     t, left, right_weight = place_target(t, project_ptr, K, MARGIN, PROJECT)
     loss, position = forward(z, t, left, right_weight, project_ptr, K, LOSS, POSITION, PROJECT)
     if LOSS:
-        tl.store(loss_ptr + last, loss, mask=left_over)
+        loss = weighted(loss, weight_ptr, last, last, left_over, WEIGHT, SIDES)
+        store_loss(loss_ptr, last, loss, left_over, SUM)
     if POSITION:
         tl.store(position_ptr + last, position, mask=left_over)
 
 
 @triton.jit
 def _leftover_backward(
-    logits_ptr, target_ptr, project_ptr, grad_loss_ptr, grad_position_ptr, grad_logits_ptr,
-    groups, n,
+    logits_ptr, target_ptr, project_ptr, weight_ptr, normalizer_ptr, grad_loss_ptr,
+    grad_position_ptr, grad_logits_ptr, groups, n,
     K: tl.constexpr, MARGIN: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr,
+    WEIGHT: tl.constexpr, SIDES: tl.constexpr, DIVIDE: tl.constexpr,
+    GRAD_LOSS: tl.constexpr, GRAD_POSITION: tl.constexpr,
     PROJECT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     last = groups.to(tl.int64) * C + tl.arange(0, C)
@@ -201,10 +230,15 @@ def _leftover_backward(
     grad_loss = t
     grad_position = t
     if LOSS:
-        t = tl.load(target_ptr + last, mask=left_over, other=0.0)
-        grad_loss = tl.load(grad_loss_ptr + last, mask=left_over, other=0.0)
+        t = tl.load(target_ptr + last, mask=left_over, other=0.0).to(t.dtype)
+        grad_loss = upstream_loss(
+            grad_loss_ptr, weight_ptr, normalizer_ptr, n, last, last, last, left_over,
+            GRAD_LOSS, WEIGHT, DIVIDE, SIDES,
+        )  # fmt: skip
     if POSITION:
-        grad_position = tl.load(grad_position_ptr + last, mask=left_over, other=0.0)
+        grad_position = load_beside(
+            grad_position_ptr, last, last, left_over, GRAD_POSITION, SIDES
+        )  # fmt: skip
     t, left, right_weight = place_target(t, project_ptr, K, MARGIN, PROJECT)
     gradient = backward(
         z, t, left, right_weight, grad_loss, grad_position, project_ptr,
@@ -216,8 +250,9 @@ def _leftover_backward(
 
 @triton.jit
 def rows_lazy_forward_kernel(
-    logits_ptr, target_ptr, project_ptr, loss_ptr, position_ptr, n,
+    logits_ptr, target_ptr, project_ptr, weight_ptr, loss_ptr, position_ptr, n,
     K: tl.constexpr, MARGIN: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr,
+    WEIGHT: tl.constexpr, SIDES: tl.constexpr, SUM: tl.constexpr,
     PROJECT: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss and expected position. A lane owns C rows; the last program takes the n % C left."""
@@ -240,7 +275,7 @@ def rows_lazy_forward_kernel(
             row = _row(z, i, K)
             t = tl.zeros_like(row[0])
             if LOSS:
-                t = targets[i]
+                t = targets[i].to(t.dtype)
             t, left, right_weight = place_target(t, project_ptr, K, MARGIN, PROJECT)
             loss, position = forward(
                 row, t, left, right_weight, project_ptr, K, LOSS, POSITION, PROJECT
@@ -248,20 +283,24 @@ def rows_lazy_forward_kernel(
             losses += (loss,)
             positions += (position,)
         if LOSS:
-            tl.store(loss_ptr + rows, put(losses, C), mask=live)
+            loss = weighted(put(losses, C), weight_ptr, rows, rows, live, WEIGHT, SIDES)
+            store_loss(loss_ptr, rows, loss, live, SUM)
         if POSITION:
             tl.store(position_ptr + rows, put(positions, C), mask=live)
     else:
         _leftover_forward(
-            logits_ptr, target_ptr, project_ptr, loss_ptr, position_ptr, groups, n,
-            K, MARGIN, LOSS, POSITION, PROJECT, C,
+            logits_ptr, target_ptr, project_ptr, weight_ptr, loss_ptr, position_ptr, groups, n,
+            K, MARGIN, LOSS, POSITION, WEIGHT, SIDES, SUM, PROJECT, C,
         )  # fmt: skip
 
 
 @triton.jit
 def rows_lazy_backward_kernel(
-    logits_ptr, target_ptr, project_ptr, grad_loss_ptr, grad_position_ptr, grad_logits_ptr, n,
+    logits_ptr, target_ptr, project_ptr, weight_ptr, normalizer_ptr, grad_loss_ptr,
+    grad_position_ptr, grad_logits_ptr, n,
     K: tl.constexpr, MARGIN: tl.constexpr, LOSS: tl.constexpr, POSITION: tl.constexpr,
+    WEIGHT: tl.constexpr, SIDES: tl.constexpr, DIVIDE: tl.constexpr,
+    GRAD_LOSS: tl.constexpr, GRAD_POSITION: tl.constexpr,
     PROJECT: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits. A granule is stored as soon as its C elements exist."""
@@ -275,9 +314,15 @@ def rows_lazy_backward_kernel(
         granules = group[:, None] * (C * K) + within
         if LOSS:
             targets = take(tl.load(target_ptr + rows, mask=live, other=0.0), C)
-            grad_losses = take(tl.load(grad_loss_ptr + rows, mask=live, other=0.0), C)
+            upstream = upstream_loss(
+                grad_loss_ptr, weight_ptr, normalizer_ptr, n, rows, rows, rows, live,
+                GRAD_LOSS, WEIGHT, DIVIDE, SIDES,
+            )  # fmt: skip
+            grad_losses = take(upstream, C)
         if POSITION:
-            grad_positions = take(tl.load(grad_position_ptr + rows, mask=live, other=0.0), C)
+            grad_positions = take(
+                load_beside(grad_position_ptr, rows, rows, live, GRAD_POSITION, SIDES), C
+            )
         z = ()
         gradient = ()
         for i in tl.static_range(C):
@@ -288,7 +333,7 @@ def rows_lazy_backward_kernel(
             grad_loss = t
             grad_position = t
             if LOSS:
-                t = targets[i]
+                t = targets[i].to(t.dtype)
                 grad_loss = grad_losses[i]
             if POSITION:
                 grad_position = grad_positions[i]
@@ -304,6 +349,7 @@ def rows_lazy_backward_kernel(
                 tl.store(grad_logits_ptr + granules + j * C, granule, mask=live)
     else:
         _leftover_backward(
-            logits_ptr, target_ptr, project_ptr, grad_loss_ptr, grad_position_ptr,
-            grad_logits_ptr, groups, n, K, MARGIN, LOSS, POSITION, PROJECT, C,
+            logits_ptr, target_ptr, project_ptr, weight_ptr, normalizer_ptr, grad_loss_ptr,
+            grad_position_ptr, grad_logits_ptr, groups, n, K, MARGIN, LOSS, POSITION,
+            WEIGHT, SIDES, DIVIDE, GRAD_LOSS, GRAD_POSITION, PROJECT, C,
         )  # fmt: skip
