@@ -14,7 +14,7 @@ from torch import Tensor
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype all arithmetic and all results have: fp64 for fp64 logits, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def savable(tensor: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ class Besides(NamedTuple):
 
     None for a tensor that is absent, or dense and in the compute dtype. `sides` is the size of the
     axis before the bins where a mode or the reduction asks for it, else 1, and `inner` how many
-    targets are between two sides where the reduction asks. `aligned` says whether all of them begin
-    at a multiple of 16 bytes, `in_place` whether they are read as they are, without a copy.
+    targets are between two sides where the reduction asks. `aligned` says whether the dense ones
+    begin at multiples of 16 bytes, `in_place` whether they are read as they are, without a copy.
     """
 
     target: torch.dtype | None = None
@@ -268,51 +268,57 @@ def describe_besides(arguments: Mapping[str, Any]) -> Besides:
 
     A gradient that is not there yet is taken to be as autograd gives it for a sum of the results.
     """
+    get = arguments.get
+    target, weight, normalizer = get("target"), get("weight"), get("normalizer")
+    grad_loss, grad_position = get("grad_loss"), get("grad_position")
+    reduction = get("reduction", "none")
+    compute = compute_dtype(arguments["logits"].dtype)
+    in_place = target is None or target.is_contiguous()
+    if (weight is None and normalizer is None and grad_position is None) and (
+        grad_loss is None or reduction in ("sum", "mean")
+    ):  # most calls: no shapes matter
+        if target is None:
+            return NOTHING_BESIDE
+        if in_place and target.dtype is compute and reduction != "side_mean":
+            scalar = None if grad_loss is None else compute
+            return _usual(reduction, scalar, target.data_ptr() % 16 == 0)
     logits, dim = arguments["logits"], arguments["dim"]
-    target, weight = arguments.get("target"), arguments.get("weight")
-    reduction = arguments.get("reduction", "none")
-    compute = compute_dtype(logits.dtype)
     last = dim == logits.ndim - 1
     shape = logits.shape[:dim] + logits.shape[dim + 1 :]
-    address = 0 if target is None else target.data_ptr()
-    weights = None
-    if weight is not None:
-        weights = beside_of(weight, shape, last)
-        address |= weight.data_ptr()
-    grads: list[Beside | None] = []
-    for name, kept in (("grad_loss", reduction), ("grad_position", "none")):
-        grad = arguments.get(name)
-        if grad is None:
-            grads.append(None)
-            continue
-        address |= grad.data_ptr()
-        grads.append(
-            Beside(compute, "scalar")
-            if kept in ("sum", "mean")
-            else beside_of(grad.unsqueeze(dim - 1), shape, last)
-            if kept == "side_mean"
-            else beside_of(grad, shape, last)
-        )
-    in_place = target is None or target.is_contiguous()
-    if None not in grads and any(each and each.mode == "strided" for each in grads):
+    weights = None if weight is None else beside_of(weight, shape, last)
+    if grad_loss is None or reduction in ("sum", "mean"):
+        losses = None if grad_loss is None else Beside(compute, "scalar")
+    else:
+        if reduction == "side_mean":
+            grad_loss = grad_loss.unsqueeze(dim - 1)
+        losses = beside_of(grad_loss, shape, last)
+    grads = None if grad_position is None else beside_of(grad_position, shape, last)
+    if losses and grads and "strided" in (losses.mode, grads.mode):
         in_place = False  # strides of its own has one upstream gradient at most
-        grads = [dense(each) for each in grads]
-    sided = reduction == "side_mean" or any(
-        each is not None and each.mode == "sides" for each in (weights, *grads)
-    )
-    normalizer = arguments.get("normalizer")
+        losses, grads = dense(losses), dense(grads)
+    modes = [each.mode for each in (weights, losses, grads) if each]
+    address = 0 if target is None else target.data_ptr()
+    for tensor, each in ((weight, weights), (grad_loss, losses), (grad_position, grads)):
+        if tensor is not None and each and each.mode == "dense":
+            address |= tensor.data_ptr()
     return Besides(
         None if target is None or target.dtype == compute else target.dtype,
         weights,
         None if normalizer is None else normalizer.dtype,
-        grads[0],
-        grads[1],
+        losses,
+        grads,
         reduction,
-        shape[dim - 1] if sided else 1,
+        shape[dim - 1] if reduction == "side_mean" or "sides" in modes else 1,
         math.prod(shape[dim:]) if reduction == "side_mean" else 1,
         address % 16 == 0,
         in_place,
     )
+
+
+@functools.cache
+def _usual(reduction: str, scalar: torch.dtype | None, aligned: bool) -> Besides:
+    grad = None if scalar is None else Beside(scalar, "scalar")
+    return Besides(reduction=reduction, grad_loss=grad, aligned=aligned)
 
 
 def dense(beside: Beside | None) -> Beside | None:

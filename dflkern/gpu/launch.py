@@ -1,8 +1,8 @@
 """Running launch plans: which devices Triton can serve, preparation, and the launches.
 
 What a launch needs beyond its tensors is kept as a `Ready`: by a key without sizes where the
-distributions are one contiguous range of memory, else by the problem. A compiled kernel is kept by
-what it was compiled from, which has no sizes in it.
+distributions are one contiguous aligned range of memory, else by their strides. A compiled kernel
+is kept by what it was compiled from, which has no sizes in it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..box_problem import BoxProblem
 from ..problem import Problem, compute_dtype, describe_besides
-from .launch_plan import LaunchPlan, Start, programs_for, steps
+from .launch_plan import LaunchPlan, Start, steps
 from .plans import plan
 from .triton import kernel_of
 
@@ -58,39 +58,59 @@ def interpreted() -> bool:
     return not hasattr(kernel_of("columns_forward_kernel"), "cache_key")
 
 
-_rows: dict[tuple[Any, ...], tuple[Ready, ...]] = {}
+Launches = tuple[Ready, ...]
+_ready: dict[tuple[Any, ...], Launches | None] = {}
+KEPT = 4096  # launches of layouts that need their sizes
 
 
-def run_rows(op: str, tensors: dict[str, Any], describe: Callable[[], Problem]) -> bool:
-    """Launch a Triton operator on distributions that are one aligned range of memory.
+def run_distributions(op: str, tensors: dict[str, Any], describe: Callable[[], Problem]) -> bool:
+    """Launch a Triton operator on distributions, if nothing is to be copied before.
 
     Args:
         op: the operator's name.
         tensors: its arguments and results by name.
-        describe: the Problem of the arguments, asked for once for all sizes.
+        describe: the Problem of the arguments, asked for once for each key.
 
     Returns:
-        Whether it was launched: not for other layouts, nor without distributions.
+        Whether it was launched: not without distributions, and not where something is copied.
     """
     logits: Tensor = tensors["logits"]
-    if not logits.is_cuda or tensors["dim"] != logits.ndim - 1 or not logits.is_contiguous():
-        return False
-    bins = logits.shape[-1]
+    dim, device = tensors["dim"], logits.get_device()
+    shape = logits.shape
+    bins = shape[dim]
     n = logits.numel() // bins
     beside = describe_besides(tensors)
-    if not n or logits.data_ptr() % 16 or not beside.in_place:
+    if not n or device < 0 or not beside.in_place:
         return False
-    key = (
-        op, logits.dtype, bins, logits.get_device(), tensors.get("margin"),
-        tensors["project"] is not None, n >= 1 << 31, beside,
-    )  # fmt: skip
-    ready = _rows.get(key)
+    aligned = logits.data_ptr() % 16 == 0
+    if aligned and dim == len(shape) - 1 and logits.is_contiguous():
+        layout: Any = bins if n < 1 << 31 else -bins
+    else:
+        layout = shape, logits.stride(), dim
+    others = tensors.get("margin"), tensors["project"] is not None
+    key = op, logits.dtype, layout, device, aligned, others, beside
+    ready = _ready.get(key)
     if ready is None:
-        ready = _rows[key] = _prepare(op, describe(), "triton", logits.device)
-    if ready[0].rows is None:  # long rows with a project, or a weight with strides of its own
-        return False
+        ready = _launches(key, describe, n)
+        if ready is None:
+            return False
     _start(ready, logits, tensors, n)
     return True
+
+
+def _launches(key: tuple[Any, ...], describe: Callable[[], Problem], n: int) -> Launches | None:
+    """The launches for a key, which are kept; None if something must be copied."""
+    problem = describe()
+    if problem.copied:
+        return None
+    if isinstance(key[2], int) and plan(key[0], problem, "triton").rows is None:
+        key = (*key, n)  # long rows with a project, or weights with strides of their own
+        if key in _ready:
+            return _ready[key]
+    if len(_ready) > KEPT:
+        _ready.clear()
+    ready = _ready[key] = _prepare(key[0], problem, "triton", problem.device)
+    return ready
 
 
 def run(op: str, problem: Problem, backend: str, tensors: dict[str, Any]) -> None:
@@ -111,9 +131,7 @@ def run(op: str, problem: Problem, backend: str, tensors: dict[str, Any]) -> Non
         launch(plan(step, problem, backend), held)
 
 
-def _prepare(
-    op: str, problem: Problem, backend: str, device: torch.device
-) -> tuple[Ready, ...]:  # fmt: skip
+def _prepare(op: str, problem: Problem, backend: str, device: torch.device) -> Launches:
     ready = []
     for step in steps(op, problem.beside.reduction):
         one = plan(step, problem, backend)
@@ -140,19 +158,21 @@ def _start(ready: tuple[Ready, ...], logits: Tensor, tensors: dict[str, Any], n:
     programs = 0
     for start, roles, (x, y, z), numbers, rows, scratch, counts in ready:
         if rows is not None:
-            x, numbers = programs_for(n, rows), (n,)
+            each, block = rows
+            x, numbers = -(-(n // each) // block) + (n % each > 0), (n,)
         elif counts:
             numbers = (programs, n)
-        programs = x * y * z
         if scratch is not None:
-            _add_scratch(tensors, scratch, programs, n)
+            programs = x * y * z
+            tensors[scratch[0]] = _scratch(logits, scratch[1] * programs or n)
         start(x, y, z, stream, *[tensors[role].data_ptr() for role in roles], *numbers)
 
 
-def _add_scratch(tensors: dict[str, Any], scratch: tuple[str, int], programs: int, n: int) -> None:
-    role, each = scratch
-    logits = tensors["logits"]
-    tensors[role] = logits.new_empty(each * programs or n, dtype=compute_dtype(logits.dtype))
+def _scratch(logits: Tensor, count: int) -> Tensor:
+    dtype = compute_dtype(logits.dtype)
+    return (
+        logits.new_empty(count) if logits.dtype is dtype else logits.new_empty(count, dtype=dtype)
+    )
 
 
 IN_PLACE = ("logits", "weight")  # of boxes: read where they are, whatever their strides
@@ -197,7 +217,8 @@ def launch(launch_plan: LaunchPlan, tensors: dict[str, Any]) -> None:
     if launch_plan.scratch is not None:
         programs = math.prod(launch_plan.grid)
         n = tensors["target"].numel() if "target" in tensors else 0
-        _add_scratch(tensors, launch_plan.scratch, programs, n)
+        role, each = launch_plan.scratch
+        tensors[role] = _scratch(tensors["logits"], each * programs or n)
     if launch_plan.backend == "cuda":
         _launch_cuda(launch_plan, tensors)
         return

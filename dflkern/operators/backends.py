@@ -13,6 +13,7 @@ import torch
 from ..cpu import library as cpu_library
 from ..gpu import beyond_grid, launch, plan, prefers_triton, steps
 from ..gpu.cuda import library as cuda_library
+from ..gpu.launch_plan import GRID_LIMIT
 from ..problem import Problem
 from .requests import requested as requested
 from .requests import use_backend as use_backend
@@ -29,8 +30,8 @@ DESCRIPTIONS = {
 class Kind(NamedTuple):
     """All that the choice depends on: no sizes, which change from step to step.
 
-    `kernels` are the backends that have kernels of the operator. `prefers_triton` sums up dtype,
-    number of bins, layout and alignment. It and `beyond_grid` have one value on CPUs.
+    `kernels` are the backends that have kernels of the operator. `prefers_triton` sums up the
+    number of bins and their stride. It and `beyond_grid` have one value on CPUs.
     """
 
     device: torch.device
@@ -52,9 +53,14 @@ def decide(op: Operator, arguments: Mapping[str, Any]) -> str:
     Raises:
         RuntimeError: if a backend other than "auto" was asked for and cannot serve the call.
     """
-    name = arguments["backend"]
-    if arguments[op.main].is_cpu and name in ("auto", "cpu", "reference"):
+    name, main = arguments["backend"], arguments[op.main]
+    if main.is_cpu and name in ("auto", "cpu", "reference"):
         choice = _choose_on_cpu(op.kernels, name)
+    elif op.problem is not None and not _may_be_beyond_grid(op, main):
+        dim = arguments["dim"]
+        key = main.device, op.kernels, name, main.shape[dim], main.stride(dim) == 1
+        found = _choices.get(key)
+        choice = _choices[key] = found or choose(kind_of(op, arguments), name)
     else:
         choice = choose(kind_of(op, arguments), name)
     if choice.backend is not None:
@@ -66,16 +72,23 @@ def decide(op: Operator, arguments: Mapping[str, Any]) -> str:
     )
 
 
+_choices: dict[tuple[Any, ...], Choice] = {}
+
+
+def _may_be_beyond_grid(op: Operator, main: torch.Tensor) -> bool:
+    """Whether the sizes have to be looked at: two long axes, or of boxes many images."""
+    return main.numel() >= 1 << 32 if op.rows else main.shape[0] > GRID_LIMIT
+
+
 def kind_of(op: Operator, arguments: Mapping[str, Any]) -> Kind:
     """The kind of a call."""
-    if op.problem is None:
-        return Kind(arguments[op.main].device, op.kernels)
-    return _kind_of(op.problem(arguments), op.kernels)
-
-
-@functools.lru_cache(maxsize=4096)
-def _kind_of(problem: Problem, kernels: tuple[str, ...]) -> Kind:
-    return Kind(problem.device, kernels, prefers_triton(problem), tuple(beyond_grid(problem)))
+    main = arguments[op.main]
+    if op.problem is None or main.device.type != "cuda":
+        return Kind(main.device, op.kernels)
+    dim = arguments["dim"]
+    prefers = prefers_triton(main.shape[dim], main.stride(dim) == 1)
+    beyond = beyond_grid(op.problem(arguments)) if _may_be_beyond_grid(op, main) else ()
+    return Kind(main.device, op.kernels, prefers, tuple(beyond))
 
 
 @functools.cache
@@ -102,6 +115,7 @@ def _choose_on_cpu(kernels: tuple[str, ...], name: str) -> Choice:
 def forget() -> None:
     """Decide anew, after what the choices depend on has changed."""
     choose.cache_clear()
+    _choices.clear()
     _choose_on_cpu.cache_clear()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cpu import operators as cpu
 from ..gpu import launch
-from ..problem import compute_dtype
+from ..problem import Problem, compute_dtype
 from ..reference import reductions
 from . import backends, positions
 from .modes import without_autocast
@@ -101,25 +101,34 @@ def _reduced(run: Run, op: Operator, arguments: Arguments) -> Any:
 
 
 def _launch(backend: str, op: Operator, arguments: Arguments) -> Any:
-    results = empty_results(op, arguments)
-    tensors = {**arguments, **dict(zip(op.results, results, strict=True))}
-    describe = op.problem
+    results, describe = empty_results(op, arguments), op.problem
     assert describe is not None
-    rows = backend == "triton" and op.rows
-    if not (rows and launch.run_rows(op.name, tensors, lambda: describe(arguments))):
-        problem = describe(arguments)
-        if problem.copied:
-            tensors[op.main] = arguments[op.main].contiguous()
-            if op.is_gradient:
-                tensors[op.results[0]] = torch.empty_like(tensors[op.main])
-        if problem.count:
-            launch.run(op.name, problem, backend, tensors)
-        else:
-            for result in results:
-                result.zero_()  # sums over nothing; the others have no elements
-        if problem.copied and op.is_gradient:
-            results = [results[0].copy_(tensors[op.results[0]])]
+    tensors = arguments.copy()
+    for name, result in zip(op.results, results, strict=True):
+        tensors[name] = result
+    if not (
+        op.rows
+        and backend == "triton"
+        and launch.run_distributions(op.name, tensors, functools.partial(describe, arguments))
+    ):
+        _launch_any(backend, op, describe(arguments), tensors, results)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _launch_any(
+    backend: str, op: Operator, problem: Problem, tensors: Arguments, results: list[Tensor]
+) -> None:
+    if problem.copied:
+        tensors[op.main] = tensors[op.main].contiguous()
+        if op.is_gradient:
+            tensors[op.results[0]] = torch.empty_like(tensors[op.main])
+    if problem.count:
+        launch.run(op.name, problem, backend, tensors)
+    else:
+        for result in results:
+            result.zero_()  # sums over nothing; the others have no elements
+    if problem.copied and op.is_gradient:
+        results[0].copy_(tensors[op.results[0]])
 
 
 def empty_results(op: Operator, arguments: Arguments) -> list[Tensor]:
@@ -131,6 +140,8 @@ def empty_results(op: Operator, arguments: Arguments) -> list[Tensor]:
         return list(op.allocate(**arguments))
     assert op.shape is not None
     shape, dtype = op.shape(**arguments), compute_dtype(main.dtype)
+    if main.dtype is dtype:
+        return [main.new_empty(shape) for _ in op.results]
     return [main.new_empty(shape, dtype=dtype) for _ in op.results]
 
 

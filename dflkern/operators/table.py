@@ -168,14 +168,17 @@ def _has_project(arguments: Mapping[str, Any]) -> bool:
 
 
 def _without_bins(*, logits: Tensor, dim: int, **others: Any) -> tuple[int, ...]:
-    return logits.shape[:dim] + logits.shape[dim + 1 :]
+    shape = logits.shape
+    return shape[:dim] + shape[dim + 1 :]
 
 
 def _reduced(*, logits: Tensor, dim: int, reduction: str, **others: Any) -> tuple[int, ...]:
-    shape = _without_bins(logits=logits, dim=dim)
-    if reduction == "none":
-        return shape
-    return shape[: dim - 1] + shape[dim:] if reduction == "side_mean" else ()
+    if reduction in ("sum", "mean"):
+        return ()
+    shape = logits.shape
+    if reduction == "side_mean":
+        return shape[: dim - 1] + shape[dim + 1 :]
+    return shape[:dim] + shape[dim + 1 :]
 
 
 def _with_anchor_weights(arguments: Arguments) -> tuple[Arguments, Arguments]:

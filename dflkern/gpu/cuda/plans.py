@@ -9,7 +9,6 @@ general_columns   any number of bins, any strides
 
 from __future__ import annotations
 
-from ...box_problem import BoxProblem
 from ...problem import Problem
 from ..arguments import axes_numbers, grid_axes, pointers_of
 from ..launch_plan import ELEMENT, LAZY_BINS, UNROLLED_BINS, Argument, LaunchPlan, Step
@@ -65,19 +64,13 @@ def structure(problem: Problem) -> str:
     return "general_rows" if along_bins else "general_columns"
 
 
-def prefers_triton(problem: Problem) -> bool:
-    """Whether Triton's kernel does with fewer instructions, by counts of compiled code.
+def prefers_triton(num_bins: int, bins_are_contiguous: bool) -> bool:
+    """Whether Triton's kernels do better than these, by counts of compiled code and host time.
 
-    A general kernel keeps its distribution in shared memory. Triton compiles one for the number of
-    bins, in registers, if there are few, and reads rows at full width only if they are aligned.
+    Triton keeps a distribution of few bins in registers, reduces and weighs losses in the kernel,
+    and is started in less time. Longer ones are padded or read anew for each pass.
     """
-    if isinstance(problem, BoxProblem):
-        return problem.num_bins not in FIXED_BINS and problem.num_bins <= UNROLLED_BINS
-    name = structure(problem)
-    if name == "general_rows":
-        aligned_rows = problem.packed and problem.aligned
-        return aligned_rows and problem.num_bins <= LAZY_BINS
-    return name == "general_columns" and problem.num_bins <= UNROLLED_BINS
+    return num_bins <= (LAZY_BINS if bins_are_contiguous else UNROLLED_BINS)
 
 
 def _paired(problem: Problem) -> bool:

@@ -66,7 +66,7 @@ def plan_distributions(step: Step, problem: Problem) -> LaunchPlan:
     # Only the lazy kernels read more than one number a lane from anything but the logits
     aligned = {"logits", "grad_logits"} if problem.aligned else set()
     if "lazy" in kernel and beside.aligned:
-        aligned |= pointers.keys()
+        aligned |= {role for role in pointers if _mode(getattr(beside, role, None)) == "dense"}
     unaligned = tuple(role for role in pointers if role not in aligned)
     scratch = _scratch(step, problem)
     if by_axes:
@@ -169,8 +169,8 @@ def kind_of(number: int) -> str:
     return "i32" if -(2**31) <= number < 2**31 else "i64"
 
 
-def _mode(beside: Beside | None) -> str:
-    return "dense" if beside is None else beside.mode
+def _mode(beside: Any) -> str:
+    return beside.mode if isinstance(beside, Beside) else "dense"
 
 
 def _by_sides(step: Step, problem: Problem) -> bool:
