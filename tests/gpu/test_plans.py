@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from dflkern.gpu import LaunchPlan, arguments, plan
+from dflkern.gpu import LaunchPlan, arguments, plan, steps
+from dflkern.operators.table import ALL
 from dflkern.problem import Axis, describe, merge
 
 CUDA = torch.device("cuda")
@@ -198,3 +199,37 @@ def test_kernels_compile_offline(arch, tmp_path):
     }  # fmt: skip
     assert all(right_target for _, right_target, _ in done.values())
     assert not any(atomics for _, _, atomics in done.values())
+
+
+# Two values of each setting. A new one fails here until the plans know it
+VALUES = {
+    "margin": (0.01, 0.25),
+    "reduction": ("none", "mean"),
+    "box_format": ("xyxy", "cxcywh"),
+    "iou": ("iou", "ciou"),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "setting"),
+    [(op, s.name) for op in ALL.values() if op.problem for s in op.settings],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_no_setting_is_ignored(op, setting):
+    """The Triton kernels do all that an operator is asked for, so a setting changes their plan."""
+    with torch.device("meta"):
+        given = torch.empty(2, 4, 64)
+        arguments = {
+            "logits": torch.empty(2, 4, 16, 64), "dim": 2, "project": None, "positions": None,
+            "target": given, "weight": torch.empty(2, 64) if "iou" in op.names else given,
+            "normalizer": torch.empty(()), "foreground": None, "stride": None,
+            **dict.fromkeys(op.upstream, given), "grad_loss": given, "grad_position": given,
+        }  # fmt: skip
+    defaults = {name: values[0] for name, values in VALUES.items()}
+    launches = []
+    for value in VALUES[setting]:
+        settings = {**defaults, setting: value}
+        problem = op.problem({**arguments, **settings})
+        names = steps(op.name, settings["reduction"])
+        launches.append([plan(name, problem, "triton") for name in names])
+    assert launches[0] != launches[1]
