@@ -70,15 +70,12 @@ ROWS_SHARE = 1.15
 STRIDED = "rows that are no whole granules"
 # Triton's kernels beyond the budget: modelled time and share by op, layout, K, bytes of a logit and
 # architecture. With 8 bins, anchors lie 128 or 64 bytes apart, so that lanes meet in few banks, and
-# gradients are written a bin at a time. The loss's dense gradient in half precision takes more
-# instructions than its few bytes leave time for.
+# gradients are written a bin at a time.
 BEYOND = {
     ("decode_boxes", "rows", 8, 4): {80: (1.00, 2.11), 90: (1.00, 2.28)},
     ("decode_boxes", "rows", 8, 2): {80: (1.00, 1.78), 90: (1.02, 1.92)},
     ("decode_boxes_backward", "rows", 8, 4): {80: (1.00, 2.88), 90: (1.00, 3.12)},
     ("decode_boxes_backward", "rows", 8, 2): {80: (1.38, 3.19), 90: (1.49, 4.20)},
-    ("box_loss_backward", "columns", 16, 2): {80: (1.23, 0.43), 90: (1.33, 0.56)},
-    ("box_loss_backward", "rows", 16, 2): {80: (1.17, 0.84), 90: (1.26, 1.11)},
 }
 
 

@@ -197,6 +197,22 @@ def test_shuffles():
         assert one_operation(operation, lanes).tolist() == expected, mode
 
 
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [("add.s32", sum(range(-16, 16))), ("min.s32", -16), ("max.s32", 15), ("or.b32", -1),
+     ("and.b32", 0), ("xor.b32", 0), ("max.u32", -1)],
+)  # fmt: skip
+def test_reductions_across_a_warp(operation, expected):
+    lanes = np.arange(-16, 16).astype(np.uint32)
+    found = one_operation(f"redux.sync.{operation} %r9, %r4, -1;", lanes)
+    assert found.astype(np.int32).tolist() == [expected] * 32
+
+
+def test_a_reduction_without_a_lane_that_it_names_is_a_fault():
+    with pytest.raises(PtxError, match="do not all take part"):
+        one_operation("setp.lt.u32 %p1, %r0, 9;\n@%p1 redux.sync.add.s32 %r9, %r4, -1;", [1])
+
+
 STORE = "st.global.b32 [%d4], %r4;"
 EXCHANGE = """
 mov.u32 %r5, buffer; mov.u32 %r6, %tid.x; shl.b32 %r7, %r6, 2; add.s32 %r7, %r7, %r5;
@@ -284,6 +300,17 @@ def test_threads_that_part_and_meet_again():
     assert out.array().tolist() == [10 * (1 + lane % 4) for lane in range(32)]
     # 6 of LANE without parameters, 2, then 3 in each of 4 rounds, 2 between them, store and ret
     assert machine.counts().warp_instructions == 6 + 2 + 4 * 3 + 3 * 2 + 2
+
+
+def test_a_shuffle_waits_for_lanes_that_went_another_way():
+    body = f"""{LANE}
+setp.lt.u32 %p1, %r0, 8; mov.b32 %r4, 1; @%p1 bra FAR;
+NEAR: shfl.sync.bfly.b32 %r5, %r4, 16, 31, -1;
+st.global.b32 [%d4], %r5; bra END;
+FAR: mov.b32 %r4, 2; bra NEAR;
+END:"""
+    out, _ = launch(body, np.zeros(32, np.uint32))
+    assert out.array().tolist() == [2 if 16 <= lane < 24 else 1 for lane in range(32)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from emulation import MARGIN, NAMES, Outcome, buffer_of, mask_of, tensor_of
 from ptxemu import PtxError, run
 from support import budget_faults, positions_for
 
-WEIGHTS = {"weights": None, "scores": 5}
+WEIGHTS = {"weights": None, "scores": 5, "80 scores": 80, "81 scores": 81, "300 scores": 300}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,10 @@ class BoxCase:
         layout: "rows" (B, A, 4, K), "columns" (B, 4, K, A), "sliced columns": channels and anchors
             out of a larger head, "offset rows": not aligned.
         foreground: the share of anchors, or None for no mask.
+        clustered: whether the foreground of an image is one run of neighbouring anchors.
         weight: a name of WEIGHTS.
+        keep: whether the weight of each anchor is written beside the losses, and read by the
+            gradient in place of class scores and mask.
         special: with NaN and infinities, in the background and beside it.
         blocks: how many blocks of the launch are run, from the first on; None: all.
     """
@@ -42,7 +45,9 @@ class BoxCase:
     box_format: str = "xyxy"
     iou: str = "ciou"
     foreground: float | None = 0.1
+    clustered: bool = False
     weight: str = "scores"
+    keep: bool = False
     weight_dtype: str = "fp32"
     special: bool = False
     blocks: int | None = None
@@ -59,6 +64,7 @@ class BoxCase:
             words += [self.box_format] + ["stride"] * self.stride
         else:
             words += [self.iou, self.weight, self.weight_dtype, f"fg{self.foreground}"]
+            words += ["clustered"] * self.clustered + ["keep"] * self.keep
         words += ["project"] * self.project + ["special"] * self.special
         return "-".join(words)
 
@@ -70,8 +76,8 @@ def run_box_case(case):
     inputs = inputs_for(case, logits, dim)
     problem = ALL[case.op].problem({**inputs, **settings_of(case, dim)})
     aligned = logits.storage_offset() * logits.itemsize % 16 == 0
-    problem = replace(problem, device=torch.device("cuda"), aligned=aligned)
-    faults, machine, code = [], None, None
+    problem = replace(problem, device=torch.device("cuda"), aligned=aligned, keep=case.keep)
+    faults, costs, kernel = [], [], ""
     held, outputs, written = dict(inputs), outputs_for(case, problem, logits), {}
     for step in steps(case.op):
         launch = plan(step, problem, case.backend)
@@ -94,16 +100,14 @@ def run_box_case(case):
             if not np.array_equal(buffer.bytes, again[role].bytes):
                 faults.append(f"{role}: other bits when blocks run in another order")
             held[role], written[role] = tensor_of(buffer, empty), mask_of(buffer, empty)
-        if machine is None:
-            machine = ran.counts()
-            kernel = launch.kernel
-            code = facts.facts(compiled.cubin, compiled.entry)
+        costs.append((ran.counts(), facts.facts(compiled.cubin, compiled.entry)))
+        kernel = kernel or launch.kernel
         if case.blocks is not None:
             break
     if not (case.blocks is not None and case.op == "box_loss"):
         faults += _differences(case, inputs, held, written, dim)
     count = int(next(iter(written.values())).sum())
-    return Outcome(kernel, tuple(faults), count, machine, code)
+    return Outcome(kernel, tuple(faults), count, *costs[0], tuple(costs[1:]))
 
 
 def wide_of(logits):
@@ -153,10 +157,12 @@ def inputs_for(case, logits, dim):
     weight[:, ::7] = 0
     foreground = None
     if case.foreground is not None:
-        foreground = torch.rand(batch, anchors) < case.foreground
+        foreground = foreground_of(case)
     if case.special:
         _make_special(logits.movedim(1, 3).movedim(1, 2) if dim == 2 else logits, boxes, weight,
                       foreground)  # fmt: skip
+    if case.keep and ALL[case.op].is_gradient:
+        weight, foreground = anchor_weight_of(weight, foreground, wide), None
     number = torch.tensor
     return {
         "logits": logits,
@@ -169,6 +175,23 @@ def inputs_for(case, logits, dim):
         "grad_iou": number(0.7, dtype=wide),
         "grad_dfl": number(-1.3, dtype=wide),
     }
+
+
+def foreground_of(case):
+    """A mask of the case's share of anchors."""
+    if not case.clustered:
+        return torch.rand(case.batch, case.anchors) < case.foreground
+    count = round(case.foreground * case.anchors)
+    first = torch.randint(case.anchors - count + 1, (case.batch, 1))
+    anchor = torch.arange(case.anchors)
+    return (anchor >= first) & (anchor < first + count)
+
+
+def anchor_weight_of(weight, foreground, dtype):
+    """The weight of each anchor, 0 in the background."""
+    weight = weight.to(dtype)
+    weight = weight if weight.ndim == 2 else weight.sum(-1)
+    return weight if foreground is None else torch.where(foreground, weight, 0)
 
 
 def _make_special(rows, boxes, weight, foreground):
@@ -193,7 +216,9 @@ def outputs_for(case, problem, logits):
             shape = (problem.batch, 4, problem.anchors)
         return {case.op: {"boxes": torch.empty(shape, dtype=wide)}}
     losses = {role: torch.empty((), dtype=wide) for role in ("iou_loss", "dfl_loss")}
-    return {"box_loss": {}, "box_loss_sums": losses}
+    shape = problem.batch, problem.anchors
+    kept = {"anchor_weight": torch.empty(shape, dtype=wide)} if case.keep else {}
+    return {"box_loss": kept, "box_loss_sums": losses}
 
 
 def _emulate(launch, compiled, blocks, held, made):
@@ -236,9 +261,14 @@ def _expected(case, inputs, dim, double):
 
     values = {role: exact(value) if double else value for role, value in inputs.items()}
     made = ALL[case.op].evaluate({**values, **settings_of(case, dim)})
-    return dict(
+    results = dict(
         zip(ALL[case.op].results, made if isinstance(made, tuple) else (made,), strict=True)
     )
+    if case.keep and case.op == "box_loss":
+        dtype = values["normalizer"].dtype
+        kept = anchor_weight_of(values["weight"], values["foreground"], dtype)
+        results["anchor_weight"] = kept
+    return results
 
 
 def settings_of(case, dim):

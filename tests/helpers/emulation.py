@@ -73,7 +73,8 @@ class Outcome:
     """What a case came to: `faults` is empty if all is well.
 
     `distributions` is how many results were written, `counts` what the PTX cost (None if the run
-    broke off), and `facts`, for a first part, what the machine code says.
+    broke off), and `facts`, for a first part, what the machine code says. `later` has counts and
+    facts of the launches after the first.
     """
 
     kernel: str
@@ -81,6 +82,7 @@ class Outcome:
     distributions: int = 0
     counts: object = None
     facts: object = None
+    later: tuple = ()
 
 
 def logits_of(layout, count, bins, dtype):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dflkern.gpu.triton.box_plans import LOSS_BLOCK, SUMS_BLOCK
 from emulation import NAMES, Case, variants
 from ptxemu import model
 
@@ -109,3 +110,17 @@ def least_box_traffic(case, anchors, active):
     read = logits if case.layout == "rows" else 4 * case.bins * SECTOR
     inputs = anchors + active * (read + 4 * (2 + 4 + case.classes))
     return inputs + (anchors * logits if case.op.endswith("_backward") else 0)
+
+
+def round_trips(code, passes):
+    """How often a warp waits for global memory that takes so many passes through a loop."""
+    return code.round_trips + (passes - 1) * max(code.loop_round_trips, default=0)
+
+
+def passes_of(case):
+    """How often a warp goes through the loops of a BoxCase's launches of the loss, at most.
+
+    Of the first launch if all its anchors are foreground; of the second, which adds its sums.
+    """
+    programs = case.batch * -(-case.anchors // LOSS_BLOCK)
+    return 4, -(-programs // SUMS_BLOCK)

@@ -72,7 +72,7 @@ def facts(cubin: bytes, entry: str) -> Facts:
     usage_of = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", used[1])}
     lines = _lines(code, entry)
     opcodes = [line.opcode for line in lines]
-    loops = _loops(lines)
+    once, each_pass = round_trips(code, entry)
     loads = [opcode for opcode in opcodes if opcode.startswith("LDG")]
     return Facts(
         registers=usage_of["REG"],
@@ -81,11 +81,18 @@ def facts(cubin: bytes, entry: str) -> Facts:
         shared=usage_of["SHARED"],
         instructions=len(lines),
         path=_longest(lines),
-        loops=bool(loops),
-        round_trips=_waits(lines, frozenset())[0],
-        loop_round_trips=tuple(_waits_of_next_pass(loop) for loop in loops),
+        loops=bool(_loops(lines)),
+        round_trips=once,
+        loop_round_trips=each_pass,
         widest_load=max(map(_width, loads), default=0),
     )
+
+
+def round_trips(code: str, entry: str) -> tuple[int, tuple[int, ...]]:
+    """`Facts.round_trips` and `Facts.loop_round_trips` of an entry of disassembled code."""
+    lines = _lines(code, entry)
+    each_pass = tuple(_waits_of_next_pass(loop) for loop in _loops(lines))
+    return _waits(lines, frozenset())[0], each_pass
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -131,7 +138,10 @@ def _lines(code: str, entry: str) -> list[_Line]:
             found.append((match[2], guarded, match[3], target[1] if target else None))
     while found and (found[-1][0] == "NOP" or labels.get(found[-1][3] or "") == len(found) - 1):
         found.pop()  # padding after the end: a branch to itself
-    return [_Line(*others, labels[to] if to else None) for *others, to in found]
+    return [
+        _Line(opcode, guarded, operands, labels[to] if to else None)
+        for opcode, guarded, operands, to in found
+    ]
 
 
 def _loops(lines: list[_Line]) -> list[list[_Line]]:
@@ -154,8 +164,7 @@ def _waits_of_next_pass(loop: list[_Line]) -> int:
 
 
 def _waits(lines: list[_Line], pending: frozenset[int]) -> tuple[int, frozenset[int]]:
-    """Waits for loads on the way with the most of them, and the registers that the last line leaves
-    to be loaded.
+    """Waits for loads on the way with the most of them, and what is still being loaded at its end.
 
     Args:
         lines: of a kernel or a loop, whose branches back are not taken.

@@ -1,11 +1,8 @@
 """The loss of boxes: a warp looks at BLOCK anchors and computes those that have a weight.
 
-A program is one warp. It reads the mask (or the weights) of its anchors with one coalesced load and
-packs the anchors to compute into the bits of a number. Then it takes BLOCK / 4 of these anchors at a
-time, one side of an anchor a lane, so that a lone anchor costs the warp a quarter of the work of
-four sides in turn, and class scores are only read where they count. The grid is (blocks of anchors,
-images); offsets are int64. The forward pass needs a second launch of one program, which adds the
-programs' sums in a fixed order.
+The grid is (blocks of anchors, images), of one warp each; offsets are int64. `foreground` says how
+a warp finds its anchors and divides them among its lanes. The forward pass needs a second launch of
+one program, which adds the sums of the warps in a fixed order.
 """
 
 import triton
@@ -13,101 +10,8 @@ import triton.language as tl
 
 from .box_iou import paired_iou, paired_iou_gradient
 from .distribution import exponentials, forward, gradients, place_target
+from .foreground import box_of, edges_at, find_anchors, scores_at, take_anchors
 from .lanes import backward_at, forward_at, read_bins, write_bins
-
-
-@triton.jit
-def _scores_at(
-    weight_ptr, lane, mask, classes, class_stride, zero, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """The sums of class scores of the anchors of which four neighbouring lanes each hold one.
-
-    Each lane sums four scores of every sixteen, and the lanes of an anchor exchange their sums.
-    """
-    sums = tl.zeros((BLOCK, 4), zero.dtype)
-    score = (lane % 4 * 4)[:, None] + tl.arange(0, 4)[None, :]
-    for first in range(0, classes, BLOCK_C):
-        tiles = ()
-        for c in tl.static_range(0, BLOCK_C, 16):
-            at = first + c + score
-            score_ptr = weight_ptr[:, None] + at.to(tl.int64) * class_stride
-            tiles += (tl.load(score_ptr, mask=mask[:, None] & (at < classes), other=0.0),)
-        for i in tl.static_range(BLOCK_C // 16):
-            sums += tiles[i].to(zero.dtype)
-    total = tl.sum(sums, 1)
-    total += tl.gather(total, lane ^ 1, 0)
-    return total + tl.gather(total, lane ^ 2, 0)
-
-
-@triton.jit
-def _find(
-    foreground_ptr, weight_ptr, block, n, classes, anchor_stride, class_stride,
-    zero, SCORES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Which of a block's anchors are to be computed, as bits, and the weights of all.
-
-    Class scores under a mask are left for later: the anchors are those of the mask.
-    """
-    lane = tl.arange(0, BLOCK)
-    flags = block + lane < n
-    weights = zero
-    if foreground_ptr is not None:
-        image = tl.program_id(1).to(tl.int64)
-        flags = tl.load(foreground_ptr + (image * n + block) + lane, mask=flags, other=0) != 0
-    if SCORES:
-        if foreground_ptr is None:
-            quarter: tl.constexpr = BLOCK // 4
-            for part in tl.static_range(4):
-                anchor = block + part * quarter + lane // 4
-                total = _scores_at(
-                    weight_ptr + anchor * anchor_stride, lane, anchor < n, classes, class_stride,
-                    zero, BLOCK, BLOCK_C,
-                )  # fmt: skip
-                own = tl.gather(total, lane % quarter * 4, 0)
-                weights = tl.where(lane // quarter == part, own, weights)
-            flags = weights != 0
-    else:
-        anchor = block + lane
-        weights = tl.load(weight_ptr + anchor * anchor_stride, mask=flags, other=0.0)
-        weights = weights.to(zero.dtype)
-        flags = weights != 0
-    bit = tl.full((BLOCK,), 1, tl.uint32) << lane.to(tl.uint32)
-    return tl.sum(tl.where(flags, bit, tl.zeros_like(bit)), 0), weights
-
-
-@triton.jit
-def _take(bits, lane, BLOCK: tl.constexpr):
-    """Of the lowest BLOCK / 4 bits the number for each four lanes, if there is one, and the rest."""
-    own = tl.zeros((BLOCK,), tl.uint32) + bits
-    for i in tl.static_range(BLOCK // 4 - 1):
-        own = tl.where(lane // 4 > i, own & (own - 1), own)
-    for _ in tl.static_range(BLOCK // 4):
-        bits = bits & (bits - 1)
-    lowest = own & (0 - own)
-    # A power of two is exact as a float, whose exponent is its number
-    number = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-    found = own != 0
-    return tl.where(found, number, 0), found, bits
-
-
-@triton.jit
-def _edges(anchor_points_ptr, target_boxes_ptr, anchor, side, n, found):
-    """The anchor point's coordinate and the wanted box's edge on each lane's side."""
-    box = (tl.program_id(1).to(tl.int64) * n + anchor) * 4
-    point = tl.load(anchor_points_ptr + 2 * anchor + side % 2, mask=found, other=0.0)
-    return point, tl.load(target_boxes_ptr + box + side, mask=found, other=0.0)
-
-
-@triton.jit
-def _box_of(edge, lane):
-    """All four edges of the box of which a lane holds one."""
-    first = lane & -4
-    return (
-        tl.gather(edge, first, 0),
-        tl.gather(edge, first + 1, 0),
-        tl.gather(edge, first + 2, 0),
-        tl.gather(edge, first + 3, 0),
-    )
 
 
 @triton.jit
@@ -127,7 +31,7 @@ def boxloss_forward_kernel(
     sign = tl.where(side < 2, -1.0, 1.0)
     zero = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
     weight_ptr += image * weight_batch_stride
-    bits, weights = _find(
+    bits, weights = find_anchors(
         foreground_ptr, weight_ptr, block, n, classes, weight_anchor_stride, weight_class_stride,
         zero, SCORES, BLOCK, BLOCK_C,
     )  # fmt: skip
@@ -141,15 +45,15 @@ def boxloss_forward_kernel(
     dfl_loss = zero
     count = zero
     while bits != 0:
-        within, found, bits = _take(bits, lane, BLOCK)
+        within, found, bits = take_anchors(bits, lane, BLOCK)
         anchor = block + within
-        point, edge = _edges(anchor_points_ptr, target_boxes_ptr, anchor, side, n, found)
+        point, edge = edges_at(anchor_points_ptr, target_boxes_ptr, anchor, side, n, found)
         side_ptr = logits_ptr + (image * batch_stride + anchor * anchor_stride + side * side_stride)
         z = ()
         if UNROLL:  # before anything is waited for
             z = read_bins(side_ptr, bin_stride, found, K, CHUNK)
         if SCORES and foreground_ptr is not None:
-            weight = _scores_at(
+            weight = scores_at(
                 weight_ptr + anchor * weight_anchor_stride, lane, found, classes,
                 weight_class_stride, zero, BLOCK, BLOCK_C,
             )  # fmt: skip
@@ -167,8 +71,8 @@ def boxloss_forward_kernel(
                 side_ptr, bin_stride, found, t, left, right_weight, project_ptr,
                 K, True, True, PROJECT, False, CHUNK,
             )  # fmt: skip
-        ax1, ay1, ax2, ay2 = _box_of(point + position * sign, lane)
-        bx1, by1, bx2, by2 = _box_of(edge, lane)
+        ax1, ay1, ax2, ay2 = box_of(point + position * sign, lane)
+        bx1, by1, bx2, by2 = box_of(edge, lane)
         iou = paired_iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND)
         active = found & (weight != 0)
         first = active & (side == 0)
@@ -190,14 +94,17 @@ def boxloss_sums_kernel(
     iou = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
     dfl = iou
     count = iou
+    normalizer = tl.load(normalizer_ptr)
     for first in range(0, programs, BLOCK):
         live = first + lane < programs
         part_ptr = partials_ptr + first + lane
-        iou += tl.load(part_ptr, mask=live, other=0.0)
-        dfl += tl.load(part_ptr + programs, mask=live, other=0.0)
-        count += tl.load(part_ptr + 2 * programs, mask=live, other=0.0)
+        iou_part = tl.load(part_ptr, mask=live, other=0.0)
+        dfl_part = tl.load(part_ptr + programs, mask=live, other=0.0)
+        count_part = tl.load(part_ptr + 2 * programs, mask=live, other=0.0)
+        iou += iou_part
+        dfl += dfl_part
+        count += count_part
     found = tl.sum(count, 0) > 0
-    normalizer = tl.load(normalizer_ptr)
     tl.store(iou_loss_ptr, tl.where(found, tl.sum(iou, 0) / normalizer, 0.0))
     tl.store(dfl_loss_ptr, tl.where(found, tl.sum(dfl, 0) / normalizer, 0.0))
 
@@ -247,8 +154,8 @@ def _write_zeros(
 @triton.jit
 def _by_position(position, point, edge, sign, lane, side, KIND: tl.constexpr):
     """The gradient of each anchor's IoU by the expected position of a lane's side."""
-    ax1, ay1, ax2, ay2 = _box_of(point + position * sign, lane)
-    bx1, by1, bx2, by2 = _box_of(edge, lane)
+    ax1, ay1, ax2, ay2 = box_of(point + position * sign, lane)
+    bx1, by1, bx2, by2 = box_of(edge, lane)
     x1, y1, x2, y2 = paired_iou_gradient(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND)
     return sign * tl.where(side < 2, tl.where(side == 0, x1, y1), tl.where(side == 2, x2, y2))
 
@@ -272,7 +179,7 @@ def boxloss_backward_kernel(
     sign = tl.where(side < 2, -1.0, 1.0)
     zero = tl.zeros((BLOCK,), normalizer_ptr.dtype.element_ty)
     weight_ptr += image * weight_batch_stride
-    bits, weights = _find(
+    bits, weights = find_anchors(
         foreground_ptr, weight_ptr, block, n, classes, weight_anchor_stride, weight_class_stride,
         zero, SCORES, BLOCK, BLOCK_C,
     )  # fmt: skip
@@ -281,50 +188,57 @@ def boxloss_backward_kernel(
         batch_grad_stride, anchor_grad_stride, side_grad_stride, grad_bin_stride,
         K, UNROLL, PACKED, BLOCK,
     )  # fmt: skip
-    while bits != 0:
-        within, found, bits = _take(bits, lane, BLOCK)
-        anchor = block + within
-        point, edge = _edges(anchor_points_ptr, target_boxes_ptr, anchor, side, n, found)
+    if bits != 0:
         normalizer = tl.load(normalizer_ptr)
         grad_iou = tl.load(grad_iou_ptr)
         grad_dfl = tl.load(grad_dfl_ptr)
-        side_ptr = logits_ptr + (image * batch_stride + anchor * anchor_stride + side * side_stride)
-        grad_ptr = grad_logits_ptr + (
-            image * batch_grad_stride + anchor * anchor_grad_stride + side * side_grad_stride
-        )
-        z = ()
-        if UNROLL:  # before anything is waited for
-            z = read_bins(side_ptr, bin_stride, found, K, CHUNK)
-        if SCORES and foreground_ptr is not None:
-            weight = _scores_at(
-                weight_ptr + anchor * weight_anchor_stride, lane, found, classes,
-                weight_class_stride, zero, BLOCK, BLOCK_C,
-            )  # fmt: skip
-        else:
-            weight = tl.gather(weights, within, 0)
-        scale = weight / normalizer
-        to_iou = -grad_iou * scale
-        to_dfl = grad_dfl * scale * 0.25
-        t, left, right_weight = place_target((edge - point) * sign, project_ptr, K, MARGIN, PROJECT)
-        active = found & (weight != 0)
-        if UNROLL:
-            e, s, moment = exponentials(z, project_ptr, K, True, PROJECT)
-            by_position = _by_position(moment / s, point, edge, sign, lane, side, KIND)
-            gradient = gradients(
-                e, s, moment, t, left, right_weight, to_dfl, to_iou * by_position, project_ptr,
-                K, True, True, PROJECT,
-            )  # fmt: skip
-            write_bins(grad_ptr, grad_bin_stride, gradient, active, K, CHUNK)
-        else:
-            _, position = forward_at(
-                side_ptr, bin_stride, found, t, left, right_weight, project_ptr,
-                K, False, True, PROJECT, False, CHUNK,
-            )  # fmt: skip
-            by_position = _by_position(position, point, edge, sign, lane, side, KIND)
-            backward_at(
-                side_ptr, bin_stride, grad_ptr, grad_bin_stride, active,
-                t, left, right_weight, to_dfl, to_iou * by_position, project_ptr,
-                K, True, True, PROJECT, False, CHUNK,
-            )  # fmt: skip
-        if SCORES and foreground_ptr is not None:
-            _zero_bins(grad_ptr, grad_bin_stride, found & (weight == 0), K, UNROLL)
+        while bits != 0:
+            within, found, bits = take_anchors(bits, lane, BLOCK)
+            anchor = block + within
+            point, edge = edges_at(anchor_points_ptr, target_boxes_ptr, anchor, side, n, found)
+            side_ptr = logits_ptr + (
+                image * batch_stride + anchor * anchor_stride + side * side_stride
+            )
+            grad_ptr = grad_logits_ptr + (
+                image * batch_grad_stride + anchor * anchor_grad_stride + side * side_grad_stride
+            )
+            z = ()
+            if UNROLL:  # before anything is waited for
+                z = read_bins(side_ptr, bin_stride, found, K, CHUNK)
+            if SCORES and foreground_ptr is not None:
+                weight = scores_at(
+                    weight_ptr + anchor * weight_anchor_stride, lane, found, classes,
+                    weight_class_stride, zero, BLOCK, BLOCK_C,
+                )  # fmt: skip
+            else:
+                weight = tl.gather(weights, within, 0)
+            scale = weight / normalizer
+            to_iou = -grad_iou * scale
+            to_dfl = grad_dfl * scale * 0.25
+            t, left, right_weight = place_target(
+                (edge - point) * sign, project_ptr, K, MARGIN, PROJECT
+            )
+            active = found & (weight != 0)
+            if UNROLL:
+                e, s, moment = exponentials(z, project_ptr, K, True, PROJECT)
+                by_position = _by_position(moment / s, point, edge, sign, lane, side, KIND)
+                all_bins = gradients(
+                    e, s, moment, t, left, right_weight, to_dfl, to_iou * by_position, project_ptr,
+                    K, True, True, PROJECT,
+                )  # fmt: skip
+                gradient = ()
+                for k in tl.static_range(K):
+                    gradient += (tl.where(active, all_bins[k], 0.0),)
+                write_bins(grad_ptr, grad_bin_stride, gradient, found, K, CHUNK)
+            else:
+                _zero_bins(grad_ptr, grad_bin_stride, found & (weight == 0), K, UNROLL)
+                _, position = forward_at(
+                    side_ptr, bin_stride, found, t, left, right_weight, project_ptr,
+                    K, False, True, PROJECT, False, CHUNK,
+                )  # fmt: skip
+                by_position = _by_position(position, point, edge, sign, lane, side, KIND)
+                backward_at(
+                    side_ptr, bin_stride, grad_ptr, grad_bin_stride, active,
+                    t, left, right_weight, to_dfl, to_iou * by_position, project_ptr,
+                    K, True, True, PROJECT, False, CHUNK,
+                )  # fmt: skip

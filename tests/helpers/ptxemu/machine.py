@@ -110,7 +110,7 @@ class Machine:
         self.live = np.ones(size, bool)
 
     def _run(self):
-        """Execute until no thread is live, those that are furthest behind first.
+        """Execute until no thread is live, those that are furthest behind first (see `_next`).
 
         `at` is the place of all live threads while they agree, and None while `places` tells them
         apart.
@@ -119,10 +119,8 @@ class Machine:
         places = np.zeros(self.size, np.int64)
         while self.live.any():
             if at is None:
-                places_of_live = places[self.live]
-                here = int(places_of_live.min())
-                if here == places_of_live.max():
-                    at = here
+                here, agreed = self._next(places)
+                at = here if agreed else None
             here = here if at is None else at
             self.active = self.live & (places == here) if at is None else self.live
             instruction = code[here]
@@ -148,6 +146,20 @@ class Machine:
             elif target is not None:
                 places[executing] = target
                 at = None
+
+    def _next(self, places):
+        """The place to execute next, and whether all live threads are there.
+
+        An instruction that joins the lanes of a warp waits for those that are elsewhere.
+        """
+        found = np.unique(places[self.live])
+        for here in found:
+            if not self.kernel.code[here].joins:
+                return int(here), found.size == 1
+            arrived = self.warp[self.live & (places == here)]
+            if not np.isin(arrived, self.warp[self.live & (places != here)]).any():
+                return int(here), found.size == 1
+        return int(found[0]), found.size == 1
 
     def _guarded(self, instruction):
         guard = instruction.guard

@@ -57,6 +57,12 @@ def dram_seconds(counts, gpu):
     return traffic / (GPUS[gpu].dram_bytes * DRAM_EFFICIENCY)
 
 
+def issue_seconds(counts, gpu):
+    """The time to issue all instructions."""
+    g = GPUS[gpu]
+    return counts.warp_instructions / g.issue / g.clock
+
+
 def time_over_dram(counts, gpu):
     """The modelled time as a multiple of DRAM's."""
     g = GPUS[gpu]

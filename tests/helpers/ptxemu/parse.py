@@ -90,6 +90,11 @@ class Instruction:
         """Of the operands where all have the same, else of the last one."""
         return self.types[-1]
 
+    @property
+    def joins(self):
+        """Whether the lanes of a warp execute it together."""
+        return self.name in ("shfl", "redux") or "warp" in self.modifiers
+
 
 class Parameter(NamedTuple):
     """A kernel parameter: its name, place in bytes and size."""
