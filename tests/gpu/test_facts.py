@@ -5,12 +5,13 @@ import pytest
 from dflkern.gpu.offline.facts import round_trips
 
 LOAD, SECOND = "LDG.E R2, desc[UR4][R8.64]", "LDG.E R3, desc[UR4][R10.64]"
+WIDE = "LDG.E.64 R8, desc[UR4][R6.64]"
 LOOP = [".L_x_0:", "LDG.E R4, desc[UR4][R8.64]", "FADD R5, R5, R4", "@P0 BRA `(.L_x_0)"]
 CODE = {
     "two loads at once": ([LOAD, SECOND, "FADD R2, R2, R3"], 1, ()),
     "one load after the other": ([LOAD, "FADD R5, R2, R2", SECOND, "FADD R2, R5, R3"], 2, ()),
-    "an address that is loaded": (["LDG.E.64 R8, desc[UR4][R6.64]", LOAD, "FADD R2, R2, R2"], 2, ()),
-    "the second half of a wide load": (["LDG.E.64 R8, desc[UR4][R6.64]", "FADD R2, R9, R9"], 1, ()),
+    "an address that is loaded": ([WIDE, LOAD, "FADD R2, R2, R2"], 2, ()),
+    "the second half of a wide load": ([WIDE, "FADD R2, R9, R9"], 1, ()),
     "a load that nothing waits for": ([LOAD, "FADD R5, R6, R7"], 0, ()),
     "a register reused": ([LOAD, "LDG.E R2, desc[UR4][R10.64]"], 1, ()),
     "uniform registers are others": ([LOAD, "UMOV UR2, 0x1"], 0, ()),

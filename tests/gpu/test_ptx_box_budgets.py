@@ -1,7 +1,7 @@
 """What box_loss costs on a training step: compiled kernels counted in the emulator.
 
-The step has 16 images of 8 400 anchors, 100 of them foreground, and 80 classes. By default the tests
-run two of the images, which cost an eighth; `pytest -m ptx_full` runs all. Times are modelled for an
+The step has 16 images of 8 400 anchors, 100 of them foreground, and 80 classes. By default two of
+the images are run, which cost an eighth; `pytest -m ptx_full` runs all. Times are modelled for an
 H100.
 """
 
