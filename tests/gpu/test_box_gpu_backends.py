@@ -98,6 +98,30 @@ def test_box_loss(gpu_kernels, device, poisoned, layout, bins, dtype, iou, proje
     assert (of_anchors[~foreground | (scores.sum(-1) == 0)] == 0).all()
 
 
+def test_the_gradient_keeps_one_weight_an_anchor(gpu_kernels, device):
+    """In place of class scores and mask, and the gradient can still be differentiated."""
+    logits, dim = logits_of("rows", 8, torch.float32, device)
+    points, boxes, foreground = step_of(8, device)
+    scores = torch.rand(BATCH, ANCHORS, 20).to(device)
+    saved, found = [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        dflkern.box_loss(
+            logits.requires_grad_(), points, boxes, scores, 2.0, dim=dim, foreground=foreground
+        )
+    assert max(t.numel() for t in saved if t is not logits) == boxes.numel()
+    assert not any(t.dtype == torch.bool for t in saved)
+    weight = next(t for t in saved if t.shape == (BATCH, ANCHORS))
+    torch.testing.assert_close(weight, torch.where(foreground, scores.sum(-1), 0))
+    for name in (requested(), "reference"):
+        with dflkern.use_backend(name):
+            losses = dflkern.box_loss(
+                logits, points, boxes, scores, 2.0, dim=dim, foreground=foreground
+            )
+            first = torch.autograd.grad(sum(losses), logits, create_graph=True)[0]
+            found.append(torch.autograd.grad(first.square().sum(), logits)[0])
+    torch.testing.assert_close(*found)
+
+
 def test_no_anchors(gpu_kernels, device):
     leaf = torch.randn(2, 0, 4, 16, device=device, requires_grad=True)
     points, boxes = torch.empty(0, 2, device=device), torch.empty(2, 0, 4, device=device)
