@@ -130,6 +130,11 @@ def signed(x):
 INTEGER_MODELS = {
     "add.s32 %r9, %r4, %r5;": lambda x, y: x + y,
     "mul.lo.s32 %r9, %r4, %r5;": lambda x, y: x * y,
+    "mul.hi.u32 %r9, %r4, %r5;": lambda x, y: x * y >> 32,
+    "mul.hi.s32 %r9, %r4, %r5;": lambda x, y: signed(x) * signed(y) >> 32,
+    "cvt.u16.u32 %h1, %r4; mul.hi.u16 %h2, %h1, 5462; cvt.u32.u16 %r9, %h2;": lambda x, y: (
+        (x & 0xFFFF) * 5462 >> 16
+    ),
     "mad.lo.s32 %r9, %r4, %r5, 7;": lambda x, y: x * y + 7,
     "and.b32 %r9, %r4, %r5;": lambda x, y: x & y,
     "xor.b32 %r9, %r4, %r5;": lambda x, y: x ^ y,

@@ -48,6 +48,16 @@ def multiply(machine, instruction, mask):
     machine.write(destination, result, wide, mask, machine.undefined_of(*operands))
 
 
+@opcode("mul", "s16 u16 s32 u32", "hi")
+def multiply_high(machine, instruction, mask):
+    """The upper half of the product."""
+    destination, (x, y), undefined = operands_of(machine, instruction)
+    size = 2 * x.dtype.itemsize
+    grown = np.dtype(f"{x.dtype.kind}{size}")
+    result = (x.astype(grown) * y.astype(grown) >> grown.type(4 * size)).astype(x.dtype)
+    machine.write(destination, result, instruction.type, mask, undefined)
+
+
 @opcode("div rem", "u16 u32 u64")
 def divide(machine, instruction, mask):
     """By 0, PTX leaves open what comes out: here all bits set."""
