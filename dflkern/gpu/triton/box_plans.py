@@ -82,6 +82,6 @@ def _bins(step: Step, problem: BoxProblem) -> dict[str, Any]:
     bins, granule = problem.num_bins, 16 // problem.dtype.itemsize
     unroll = bins <= UNROLLED_BINS
     chunk = granule if unroll and whole_granules(step, problem) else 1
-    if step.backward and bins < 16:
+    if (step.backward or step.loss) and bins < 16:
         chunk = 1  # Triton would take these tiles through shared memory
     return {"K": bins, "PROJECT": problem.project, "UNROLL": unroll, "CHUNK": chunk}
