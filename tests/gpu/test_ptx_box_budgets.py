@@ -34,7 +34,7 @@ def steps():
         layout=["columns", "rows"],
     ):  # fmt: skip
         yield case, pytest.mark.ptx_full
-    for case in variants(STEP, weight=["weights", "81 scores"], keep=[True, False]):
+    for case in variants(STEP, weight=["weights", "80 scores"], keep=[True, False]):
         yield case, pytest.mark.ptx_full
 
 

@@ -29,6 +29,7 @@ def quick():
         yield BoxCase(op, dtype="fp64", layout="offset rows", project=True, foreground=None)
         yield BoxCase(op, foreground=0.0, weight_dtype="fp64", iou="iou")
         yield BoxCase(op, bins=91, layout="sliced columns", batch=1, anchors=129)
+        yield BoxCase(op, keep=True, foreground=0.5, clustered=True, special=True)
 
 
 def full():
@@ -39,6 +40,11 @@ def full():
         yield from variants(BoxCase(op, batch=1), layout=FOUR, dtype=dtypes[:2], bins=[16, 17])
         yield from variants(BoxCase(op), anchors=[1, 127, 128, 129, 257])
         yield from variants(BoxCase(op), arch=[90, 100], layout=["rows", "columns"])
+    yield from variants(
+        BoxCase(""), op=OPS[2:], weight=["80 scores", "81 scores", "300 scores"],
+        foreground=[0.1, 1.0, None], keep=[False, True],
+    )  # fmt: skip
+    yield from variants(BoxCase(""), op=OPS[2:], bins=[2, 3, 64, 65, 128, 256], layout=FOUR[:2])
     yield from variants(
         BoxCase(""), op=OPS[2:], iou=["iou", "giou", "diou", "ciou"], weight=["weights", "scores"],
         special=[True], foreground=[0.1, None],
