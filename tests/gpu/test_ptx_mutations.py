@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import emulation
+from box_emulation import BoxCase
 from emulation import FAR, Case
 
 ROOT = Path(__file__).parents[2]
@@ -29,11 +30,16 @@ class Mutation:
     file: str
     old: str
     new: str
-    case: Case
+    case: Case | BoxCase
 
 
 def triton(name, file, old, new, **case):
     return Mutation(name, f"dflkern/gpu/triton/{file}", old, new, Case(**{"op": FORWARD, **case}))
+
+
+def boxes(name, file, old, new, **case):
+    case = {"op": "box_loss", "keep": True, "foreground": 0.5, **case}
+    return Mutation(f"boxes: {name}", f"dflkern/gpu/triton/{file}", old, new, BoxCase(**case))
 
 
 def cuda(name, file, old, new, **case):
@@ -71,6 +77,18 @@ MUTATIONS = [
            "return k * 1.0 + 1.0", layout="columns"),
     triton("16-byte loads of misaligned rows", "../../problem.py", "aligned=aligned,",
            "aligned=True,", bins=17, layout="offset"),
+    boxes("an anchor taken twice", "foreground.py", "static_range(BLOCK // 4 - 1)",
+          "static_range(BLOCK // 4 - 2)"),
+    boxes("one class too many", "foreground.py", "(at < classes)", "(at <= classes)"),
+    boxes("a quarter of the classes left out", "foreground.py", "total + tl.gather(total, lane ^ 2",
+          "total + tl.gather(total, lane"),
+    boxes("another side's edge", "foreground.py", "first + 2, 0", "first + 3, 0"),
+    boxes("weight 0 of the background unwritten", "boxloss.py", "if anchor_weight_ptr is not None:",
+          "if not SCORES:"),
+    boxes("the weight of another anchor", "boxloss.py", "weight = tl.gather(weights, within, 0)",
+          "weight = weights", op="box_loss_backward"),
+    boxes("zeros over the foreground", "boxloss.py", "& 1 == 0) & (block", "& 0 == 0) & (block",
+          op="box_loss_backward"),
     cuda("no barrier after the copy in", "rows.cu", "  __syncthreads();\n  if (!live)",
          "  if (!live)"),
     cuda("no barrier before the copy out", "rows.cu", "  }\n  __syncthreads();\n  copy_out",
@@ -87,12 +105,20 @@ MUTATIONS = [
     cuda("upstream gradient ignored", "distribution.cuh", "fma(grad_loss, r, right_weight * 0)",
          "fma(F(1), r, right_weight * 0)", op=BACKWARD, layout="columns"),
 ]  # fmt: skip
-QUICK = ("mask of a store dropped", "NaN target swallowed", "cuda: no barrier after the copy in")
+QUICK = (
+    "mask of a store dropped", "NaN target swallowed", "boxes: the weight of another anchor",
+    "cuda: no barrier after the copy in",
+)  # fmt: skip
 
 RUN = """
 import json, sys
-import emulation
-print(json.dumps(emulation.run_case(emulation.Case(**json.loads(sys.argv[1]))).faults))
+import box_emulation, emulation
+case = json.loads(sys.argv[1])
+if "anchors" in case:
+    outcome = box_emulation.run_box_case(box_emulation.BoxCase(**case))
+else:
+    outcome = emulation.run_case(emulation.Case(**case))
+print(json.dumps(outcome.faults))
 """
 
 
