@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -63,13 +63,16 @@ _ready: dict[tuple[Any, ...], Launches | None] = {}
 KEPT = 4096  # launches of layouts that need their sizes
 
 
-def run_distributions(op: str, tensors: dict[str, Any], describe: Callable[[], Problem]) -> bool:
+Describe = Callable[[Mapping[str, Any]], Problem]
+
+
+def run_distributions(op: str, tensors: dict[str, Any], describe: Describe) -> bool:
     """Launch a Triton operator on distributions, if nothing is to be copied before.
 
     Args:
         op: the operator's name.
         tensors: its arguments and results by name.
-        describe: the Problem of the arguments, asked for once for each key.
+        describe: gives their Problem; asked once for each key.
 
     Returns:
         Whether it was launched: not without distributions, and not where something is copied.
@@ -91,16 +94,15 @@ def run_distributions(op: str, tensors: dict[str, Any], describe: Callable[[], P
     key = op, logits.dtype, layout, device, aligned, others, beside
     ready = _ready.get(key)
     if ready is None:
-        ready = _launches(key, describe, n)
+        ready = _launches(key, describe(tensors), n)
         if ready is None:
             return False
     _start(ready, logits, tensors, n)
     return True
 
 
-def _launches(key: tuple[Any, ...], describe: Callable[[], Problem], n: int) -> Launches | None:
+def _launches(key: tuple[Any, ...], problem: Problem, n: int) -> Launches | None:
     """The launches for a key, which are kept; None if something must be copied."""
-    problem = describe()
     if problem.copied:
         return None
     if isinstance(key[2], int) and plan(key[0], problem, "triton").rows is None:

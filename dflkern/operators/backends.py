@@ -58,9 +58,11 @@ def decide(op: Operator, arguments: Mapping[str, Any]) -> str:
         choice = _choose_on_cpu(op.kernels, name)
     elif op.problem is not None and not _may_be_beyond_grid(op, main):
         dim = arguments["dim"]
-        key = main.device, op.kernels, name, main.shape[dim], main.stride(dim) == 1
+        key = op, name, main.device, main.shape[dim], main.stride(dim) == 1
         found = _choices.get(key)
-        choice = _choices[key] = found or choose(kind_of(op, arguments), name)
+        if found is None:
+            found = _choices[key] = choose(kind_of(op, arguments), name)
+        choice = found
     else:
         choice = choose(kind_of(op, arguments), name)
     if choice.backend is not None:

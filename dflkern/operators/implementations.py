@@ -107,9 +107,7 @@ def _launch(backend: str, op: Operator, arguments: Arguments) -> Any:
     for name, result in zip(op.results, results, strict=True):
         tensors[name] = result
     if not (
-        op.rows
-        and backend == "triton"
-        and launch.run_distributions(op.name, tensors, functools.partial(describe, arguments))
+        op.rows and backend == "triton" and launch.run_distributions(op.name, tensors, describe)
     ):
         _launch_any(backend, op, describe(arguments), tensors, results)
     return results[0] if len(results) == 1 else tuple(results)

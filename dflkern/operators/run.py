@@ -108,9 +108,13 @@ class _FastPath(torch.autograd.Function):
             kept = [name for name in op.saved_on_cpu if name not in op.names]
             setup_context(ctx, op, arguments, dict(zip(kept, found[count:], strict=True)))
             return found[:count]
-        written, saved = op.condensed(arguments) if op.condensed and run in ON_GPU else ({}, {})
-        results = run(op, {**arguments, **written})
-        setup_context(ctx, op, {**arguments, **saved})
+        if op.condensed and run in ON_GPU:
+            written, saved = op.condensed(arguments)
+            results = run(op, {**arguments, **written})
+            setup_context(ctx, op, {**arguments, **saved})
+            return results
+        results = run(op, arguments)
+        setup_context(ctx, op, arguments)
         return results
 
     @staticmethod

@@ -52,7 +52,7 @@ def cases():
     for form in BOX_FORMS:
         yield Case("decode_boxes", upstream=next(upstream), place=next(places), **form)
         yield Case("box_loss", place=next(places), weight="scores", **form)
-    yield Case("decode_boxes", stride=False, box_format="xywh")
+    yield Case("decode_boxes", stride=False, box_format="cxcywh")
     yield Case("decode_boxes", layout="empty")
     yield Case("box_loss", layout="empty", weight="anchors")
     for iou in ("iou", "giou", "diou"):
@@ -94,34 +94,40 @@ class Mutation:
     case: Case
 
 
-LAUNCH, GUARD = "gpu/launch.py", "with torch.cuda.device(device):"
+LAUNCH, CALLS = "gpu/launch.py", "operators/implementations.py"
+START = "start(x, y, z, stream, "
 MUTATIONS = (
-    Mutation("results swapped", LAUNCH, "{**held, **results}",
-             "{**held, **dict(zip(results, [*results.values()][::-1]))}",
-             Case("dfl_loss_and_decode")),
+    Mutation("results swapped", CALLS, "zip(op.results, results, strict=True):",
+             "zip(op.results, results[::-1], strict=True):", Case("dfl_loss_and_decode")),
     Mutation("strides swapped", "gpu/arguments.py", '"middle_stride": middle.logits',
              '"middle_stride": outer.logits', Case("dfl_decode", layout="slice")),
-    Mutation("grid without its last axis", LAUNCH, "kernel[launch_plan.grid](\n            **",
-             "kernel[(*launch_plan.grid[:2], 1)](\n            **",
+    Mutation("grid without its last axis", LAUNCH, START, "start(x, y, 1, stream, ",
              Case("dfl_decode", layout="slice")),
-    Mutation("grid of the wrong axes", LAUNCH, "kernel[launch_plan.grid](\n            **",
-             "kernel[launch_plan.grid[::-1]](\n            **",
+    Mutation("grid of the wrong axes", LAUNCH, START, "start(z, y, x, stream, ",
              Case("dfl_decode", layout="slice")),
-    Mutation("sums over nothing not filled", LAUNCH, "result.zero_()", "pass",
+    Mutation("one program too few", LAUNCH, "-(-(n // each) // block)", "n // each // block",
+             Case("dfl_loss")),
+    Mutation("sums over nothing not filled", CALLS, "result.zero_()", "pass",
              Case("box_loss", layout="empty", weight="anchors")),
-    Mutation("default stream", LAUNCH, GUARD,
-             "with torch.cuda.device(device), torch.cuda.stream(torch.cuda.default_stream()):",
+    Mutation("default stream", LAUNCH, "stream = current_stream(device)", "stream = 0",
              Case("dfl_loss", place="side stream")),
-    Mutation("first device", LAUNCH, GUARD, "with torch.cuda.device(0):", Case("dfl_loss")),
-    Mutation("current device", LAUNCH, GUARD, "if True:", Case("dfl_loss")),
-    Mutation("strided upstream gradient read as packed", LAUNCH, "value = value.contiguous()",
-             "value = value", Case("dfl_loss", layout="rows-4d", upstream="reversed")),
-    Mutation("room for the sums of one program", LAUNCH, "(3, programs)", "(3, 1)",
-             Case("box_loss", layout="rows", weight="scores")),
-    Mutation("gradient written into the logits", "operators/implementations.py",
-             "return [torch.empty_like(logits)]", "return [logits.detach()]", Case("dfl_loss")),
-    Mutation("not warmed up before the capture is not noticed", LAUNCH, "_warm.add(key)", "pass",
-             Case("dfl_loss", graph=True, place="side stream")),
+    Mutation("current device", LAUNCH, "if torch._C._cuda_getDevice() != device:", "if False:",
+             Case("dfl_loss")),
+    Mutation("strided upstream gradient read as packed", "problem.py",
+             "if tensor.shape == shape and tensor.is_contiguous():", "if tensor.shape == shape:",
+             Case("dfl_loss", layout="rows-4d", upstream="reversed")),
+    Mutation("unaligned logits taken for aligned", "problem.py",
+             "aligned=logits.data_ptr() % 16 == 0", "aligned=True",
+             Case("dfl_loss", layout="offset")),
+    Mutation("room for the sums of one program", LAUNCH, "scratch[1] * programs or n",
+             "scratch[1] or n", Case("box_loss", layout="rows", weight="scores")),
+    Mutation("mean over programs", LAUNCH, "numbers = (programs, n)",
+             "numbers = (programs, programs)", Case("dfl_loss", reduction="mean")),
+    Mutation("weight of each side read from one number an anchor", "problem.py",
+             'return Beside(tensor.dtype, "sides")', "return Beside(tensor.dtype)",
+             Case("dfl_loss", layout="rows-4d", weight="anchors")),
+    Mutation("gradient written into the logits", CALLS, "return [torch.empty_like(main)]",
+             "return [main.detach()]", Case("dfl_loss")),
 )  # fmt: skip
 
 

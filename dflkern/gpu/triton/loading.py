@@ -28,6 +28,12 @@ STARTED_BY = (
     "launch_metadata, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, "
     "*bound_args.values())"
 )
+# And how CudaLauncher.__call__ does its part, for kernels that need no scratch memory
+LAUNCHED_BY = (
+    "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, "
+    "self.launch_pdl, kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, "
+    "global_scratch, profile_scratch, self.arg_annotations, self.kernel_signature, kernel_args)"
+)
 DTYPES = {element: dtype for dtype, element in ELEMENT.items()} | {
     "u8": torch.uint8, "i32": torch.int32, "i64": torch.int64
 }  # fmt: skip
@@ -63,17 +69,31 @@ def load(plan: LaunchPlan) -> Start:
     given = {argument.name: f"a{i}" for i, argument in enumerate(plan.arguments)}
     # The launcher takes all parameters in their order, and reads no constants
     every = ", ".join(given.get(name, "None") for name in kernel.arg_names)
+    run = compiled.run  # loads the machine code
     scope = {
-        "run": compiled.run,  # loads the machine code
+        "run": run,
         "function": compiled.function,
         "metadata": compiled.packed_metadata,
         "describe": compiled.launch_metadata,
         "profiler": _profiler,
     }
+    plain = f"run(x, y, z, stream, function, metadata, None, None, None, {every})"
+    if _needs_no_wrapper(run):
+        scope |= {
+            "launch": run.launch,
+            "cooperative": run.launch_cooperative_grid,
+            "pdl": run.launch_pdl,
+            "notes": run.arg_annotations,
+            "signature": run.kernel_signature,
+        }
+        plain = (
+            "launch(x, y, z, stream, function, cooperative, pdl, metadata, None, None, None, None, "
+            f"None, notes, signature, ({every},))"
+        )
     # A function made for its number of arguments: a loop over them would cost another 1 µs
     start: Start = eval(
         f"""lambda x, y, z, stream, {", ".join(given.values())}: (
-            run(x, y, z, stream, function, metadata, None, None, None, {every})
+            {plain}
             if profiler() is None
             else run(x, y, z, stream, function, metadata, describe((x, y, z), stream, {every}),
                      *profiler(), {every})
@@ -81,6 +101,15 @@ def load(plan: LaunchPlan) -> Start:
         scope,
     )
     return start
+
+
+def _needs_no_wrapper(launcher: Any) -> bool:
+    """Whether a launcher does nothing but hand its arguments to the function of the driver."""
+    return (
+        _source_has(type(launcher).__call__, LAUNCHED_BY)
+        and not getattr(launcher, "gsan_enabled", True)
+        and launcher.global_scratch_size == launcher.profile_scratch_size == 0
+    )
 
 
 def _profiler() -> tuple[Any, Any] | None:
@@ -91,14 +120,18 @@ def _profiler() -> tuple[Any, Any] | None:
     return None
 
 
-@functools.cache
 def starts_directly() -> bool:
     """Whether this Triton's compiled kernels are started as here."""
+    return _source_has(JITFunction.run, STARTED_BY)
+
+
+@functools.cache
+def _source_has(function: Any, text: str) -> bool:
     try:
-        source = inspect.getsource(JITFunction.run)
+        source = inspect.getsource(function)
     except (OSError, TypeError):
         return False
-    return STARTED_BY in " ".join(source.split())
+    return text in " ".join(source.split())
 
 
 class _Pointer(NamedTuple):
