@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,16 +115,19 @@ def _launches(key: tuple[Any, ...], problem: Problem, n: int) -> Launches | None
     return ready
 
 
-def run(op: str, problem: Problem, backend: str, tensors: dict[str, Any]) -> None:
+def run(
+    op: str, problem: Problem, backend: str, tensors: dict[str, Any], results: Sequence[str]
+) -> None:
     """Launch an operator on any problem with distributions.
 
     Args:
         op: the operator's name.
         problem: of these logits; if it says that they are copied, they are the copy.
         backend: "triton" or "cuda".
-        tensors: its arguments and results by name, of any dtype and strides.
+        tensors: its arguments, of any dtype and strides, and its results by name.
+        results: the names of the results.
     """
-    held = _held(problem, backend, tensors)
+    held = _held(problem, backend, tensors, results)
     logits = held["logits"]
     if backend == "triton" and logits.is_cuda:
         _start(_prepare_once(op, problem, backend, logits.device), logits, held, problem.count)
@@ -180,7 +183,9 @@ def _scratch(logits: Tensor, count: int) -> Tensor:
 IN_PLACE = ("logits", "weight")  # of boxes: read where they are, whatever their strides
 
 
-def _held(problem: Problem, backend: str, tensors: dict[str, Any]) -> dict[str, Any]:
+def _held(
+    problem: Problem, backend: str, tensors: dict[str, Any], results: Sequence[str]
+) -> dict[str, Any]:
     """The tensors as a plan takes them."""
     held = dict(tensors)
     if backend == "triton" and not isinstance(problem, BoxProblem):
@@ -197,7 +202,7 @@ def _held(problem: Problem, backend: str, tensors: dict[str, Any]) -> dict[str, 
                 held[name] = value.expand(shape).contiguous()
         return held
     for name, value in tensors.items():
-        if isinstance(value, Tensor) and name not in IN_PLACE:
+        if isinstance(value, Tensor) and name not in IN_PLACE and name not in results:
             held[name] = _prepared(value, problem.compute_dtype)
     return held
 

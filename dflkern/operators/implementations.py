@@ -121,7 +121,7 @@ def _launch_any(
         if op.is_gradient:
             tensors[op.results[0]] = torch.empty_like(tensors[op.main])
     if problem.count:
-        launch.run(op.name, problem, backend, tensors)
+        launch.run(op.name, problem, backend, tensors, op.results)
     else:
         for result in results:
             result.zero_()  # sums over nothing; the others have no elements

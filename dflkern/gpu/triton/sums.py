@@ -34,7 +34,7 @@ def _mean(each_ptr, loss_ptr, stride, live, SIDES: tl.constexpr, BLOCK: tl.const
 def sums_rows_kernel(each_ptr, loss_ptr, n, SIDES: tl.constexpr, BLOCK: tl.constexpr):
     """The mean over the sides, which are the last axis of n losses."""
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    _mean(each_ptr + lane * SIDES, loss_ptr + lane, 1, lane < n // SIDES, SIDES, BLOCK)
+    _mean(each_ptr + lane * SIDES, loss_ptr + lane, 1, lane * SIDES < n, SIDES, BLOCK)
 
 
 @triton.jit
