@@ -94,58 +94,54 @@ class Mutation:
     case: Case
 
 
-LAUNCH, CALLS = "gpu/launch.py", "operators/implementations.py"
-START = "start(x, y, z, stream, "
+LAUNCH, GUARD = "gpu/launch.py", "with torch.cuda.device(device):"
 MUTATIONS = (
-    Mutation("results swapped", CALLS, "zip(op.results, results, strict=True):",
-             "zip(op.results, results[::-1], strict=True):", Case("dfl_loss_and_decode")),
+    Mutation("results swapped", LAUNCH, "{**held, **results}",
+             "{**held, **dict(zip(results, [*results.values()][::-1]))}",
+             Case("dfl_loss_and_decode")),
     Mutation("strides swapped", "gpu/arguments.py", '"middle_stride": middle.logits',
              '"middle_stride": outer.logits', Case("dfl_decode", layout="slice")),
-    Mutation("grid without its last axis", LAUNCH, START, "start(x, y, 1, stream, ",
+    Mutation("grid without its last axis", LAUNCH, "kernel[launch_plan.grid](\n            **",
+             "kernel[(*launch_plan.grid[:2], 1)](\n            **",
              Case("dfl_decode", layout="slice")),
-    Mutation("grid of the wrong axes", LAUNCH, START, "start(z, y, x, stream, ",
+    Mutation("grid of the wrong axes", LAUNCH, "kernel[launch_plan.grid](\n            **",
+             "kernel[launch_plan.grid[::-1]](\n            **",
              Case("dfl_decode", layout="slice")),
-    Mutation("one program too few", LAUNCH, "-(-(n // each) // block)", "n // each // block",
-             Case("dfl_loss")),
-    Mutation("sums over nothing not filled", CALLS, "result.zero_()", "pass",
+    Mutation("sums over nothing not filled", LAUNCH, "result.zero_()", "pass",
              Case("box_loss", layout="empty", weight="anchors")),
-    Mutation("default stream", LAUNCH, "stream = current_stream(device)", "stream = 0",
+    Mutation("default stream", LAUNCH, GUARD,
+             "with torch.cuda.device(device), torch.cuda.stream(torch.cuda.default_stream()):",
              Case("dfl_loss", place="side stream")),
-    Mutation("current device", LAUNCH, "if torch._C._cuda_getDevice() != device:", "if False:",
-             Case("dfl_loss")),
-    Mutation("strided upstream gradient read as packed", "problem.py",
-             "if tensor.shape == shape and tensor.is_contiguous():", "if tensor.shape == shape:",
-             Case("dfl_loss", layout="rows-4d", upstream="reversed")),
-    Mutation("unaligned logits taken for aligned", "problem.py",
-             "aligned=logits.data_ptr() % 16 == 0", "aligned=True",
-             Case("dfl_loss", layout="offset")),
-    Mutation("room for the sums of one program", LAUNCH, "scratch[1] * programs or n",
-             "scratch[1] or n", Case("box_loss", layout="rows", weight="scores")),
-    Mutation("mean over programs", LAUNCH, "numbers = (programs, n)",
-             "numbers = (programs, programs)", Case("dfl_loss", reduction="mean")),
-    Mutation("weight of each side read from one number an anchor", "problem.py",
-             'return Beside(tensor.dtype, "sides")', "return Beside(tensor.dtype)",
-             Case("dfl_loss", layout="rows-4d", weight="anchors")),
-    Mutation("gradient written into the logits", CALLS, "return [torch.empty_like(main)]",
-             "return [main.detach()]", Case("dfl_loss")),
+    Mutation("first device", LAUNCH, GUARD, "with torch.cuda.device(0):", Case("dfl_loss")),
+    Mutation("current device", LAUNCH, GUARD, "if True:", Case("dfl_loss")),
+    Mutation("strided upstream gradient read as packed", LAUNCH, "value = value.contiguous()",
+             "value = value", Case("dfl_loss", layout="rows-4d", upstream="reversed")),
+    Mutation("room for the sums of one program", LAUNCH, "(3, programs)", "(3, 1)",
+             Case("box_loss", layout="rows", weight="scores")),
+    Mutation("gradient written into the logits", "operators/implementations.py",
+             "return [torch.empty_like(main)]", "return [main.detach()]", Case("dfl_loss")),
+    Mutation("not warmed up before the capture is not noticed", LAUNCH, "_warm.add(key)", "pass",
+             Case("dfl_loss", graph=True, place="side stream")),
 )  # fmt: skip
 
 
 class Processes:
-    """Jobs in processes on the stub device, two at a time."""
+    """Two processes on the stub device, each with half of the cases and of the mutations."""
 
     def __init__(self, environment, sources):
         self.environment, self.sources = environment, sources
         self.pool = ThreadPoolExecutor(2)
-        halves = [
-            self.pool.submit(self.run, [{"sources": None, "cases": [*map(asdict, CASES[i::2])]}])
-            for i in range(2)
-        ]
-        mutants = [
-            self.pool.submit(self.run, [self.mutant(each) for each in MUTATIONS[i::2]])
-            for i in range(2)
-        ]
-        self.halves, self.mutants = halves, mutants
+        self.halves = [self.pool.submit(self.run, list(self.jobs(i))) for i in range(2)]
+
+    def jobs(self, half):
+        """The job of the cases, then one for each mutation, in a copy of the package."""
+        yield {"sources": None, "cases": [asdict(case) for case in CASES[half::2]]}
+        for mutation in MUTATIONS[half::2]:
+            folder = self.sources / mutation.name.replace(" ", "_")
+            shutil.copytree(ROOT / "dflkern", folder / "dflkern")
+            path = folder / "dflkern" / mutation.file
+            path.write_text(path.read_text().replace(mutation.old, mutation.new))
+            yield {"sources": str(folder), "cases": [asdict(mutation.case)]}
 
     def run(self, jobs):
         """The outcomes of each job."""
@@ -156,26 +152,15 @@ class Processes:
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    def mutant(self, mutation):
-        """The job of a mutation, in a copy of the package."""
-        folder = self.sources / mutation.name.replace(" ", "_")
-        shutil.copytree(ROOT / "dflkern", folder / "dflkern")
-        path = folder / "dflkern" / mutation.file
-        text = path.read_text()
-        assert mutation.old in text, f"{mutation.file} no longer has: {mutation.old}"
-        path.write_text(text.replace(mutation.old, mutation.new))
-        return {"sources": str(folder), "cases": [asdict(mutation.case)]}
-
     def outcome(self, case):
         """What a case came to."""
         i = CASES.index(case)
-        (outcomes,) = self.halves[i % 2].result()
-        return outcomes[i // 2]
+        return self.halves[i % 2].result()[0][i // 2]
 
     def faults_of(self, mutation):
         """What was noticed of a mutation."""
         i = MUTATIONS.index(mutation)
-        return self.mutants[i % 2].result()[i // 2][0]["faults"]
+        return self.halves[i % 2].result()[1 + i // 2][0]["faults"]
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +173,11 @@ def processes(on_stub, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients_are_those_of_the_reference(case, processes):
     assert processes.outcome(case)["faults"] == []
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_the_text_of_a_fault_exists(mutation):
+    assert mutation.old in (ROOT / "dflkern" / mutation.file).read_text()
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)

@@ -44,6 +44,20 @@ class Device:
         self.emulation = Emulation().start()
         self.pytorch = TorchOnCpu(self.emulation)
 
+    def show_ptx_of_cuda_kernels(self):
+        """Tell the emulation of the PTX of each CUDA kernel that is loaded: caches hold none."""
+        from dflkern.gpu.cuda import loading, nvrtc
+
+        obtain = loading.obtain
+
+        def obtain_and_tell(kernel, arch):
+            found = obtain(kernel, arch)
+            ptx = nvrtc.compile_kernel(kernel, arch).ptx
+            self.emulation.know(found.path.read_bytes(), ptx)
+            return found
+
+        loading.obtain = obtain_and_tell
+
     def outcome(self, case):
         """Run a case on the device and by the reference."""
         import dflkern
@@ -148,6 +162,8 @@ def run_job(job):
         sys.path.insert(0, job["sources"])
     torch.set_num_threads(1)
     device = Device()
+    if any(case["backend"] == "cuda" for case in job["cases"]):
+        device.show_ptx_of_cuda_kernels()
     outcomes = [asdict(device.outcome(Case(**case))) for case in job["cases"]]
     print(json.dumps(outcomes), flush=True)
 

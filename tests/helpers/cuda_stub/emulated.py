@@ -203,8 +203,7 @@ class Emulation:
 
 
 def _parameters(kernel: Kernel, pointers: Any) -> bytes:
-    last = kernel.parameters[-1]
-    data = bytearray(last.offset + last.size)
+    data = bytearray(max((each.offset + each.size for each in kernel.parameters), default=0))
     for i, parameter in enumerate(kernel.parameters):
         end = parameter.offset + parameter.size
         data[parameter.offset : end] = ctypes.string_at(pointers[i], parameter.size)
