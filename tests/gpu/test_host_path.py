@@ -85,43 +85,53 @@ CASES = tuple(
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault of the launch code: a text of a file that is replaced, and a case that notices it."""
+    """A fault of the launch code: a text of a file that is replaced, and a case that notices it.
+
+    Other cases run before it in the same process.
+    """
 
     name: str
     file: str
     old: str
     new: str
     case: Case
+    before: tuple[Case, ...] = ()
 
 
-LAUNCH, GUARD = "gpu/launch.py", "with torch.cuda.device(device):"
+SLICE = Case("dfl_decode", layout="slice")
+LAUNCH, START = "gpu/launch.py", "start(*launch_plan.grid, current_stream(device.index), *values)"
+GUARD, KEY = "with torch.cuda.device(device):", "key = (device, launch_plan.signature)"
 MUTATIONS = (
+    Mutation("arguments swapped", LAUNCH, START, START.replace("*values", "*values[::-1]"),
+             SLICE),
     Mutation("results swapped", LAUNCH, "{**held, **results}",
              "{**held, **dict(zip(results, [*results.values()][::-1]))}",
              Case("dfl_loss_and_decode")),
     Mutation("strides swapped", "gpu/arguments.py", '"middle_stride": middle.logits',
-             '"middle_stride": outer.logits', Case("dfl_decode", layout="slice")),
-    Mutation("grid without its last axis", LAUNCH, "kernel[launch_plan.grid](\n            **",
-             "kernel[(*launch_plan.grid[:2], 1)](\n            **",
-             Case("dfl_decode", layout="slice")),
-    Mutation("grid of the wrong axes", LAUNCH, "kernel[launch_plan.grid](\n            **",
-             "kernel[launch_plan.grid[::-1]](\n            **",
-             Case("dfl_decode", layout="slice")),
+             '"middle_stride": outer.logits', SLICE),
+    Mutation("grid without its last axis", LAUNCH, START,
+             START.replace("launch_plan.grid", "launch_plan.grid[:2], 1"),
+             SLICE),
+    Mutation("grid of the wrong axes", LAUNCH, START, START.replace(".grid", ".grid[::-1]"),
+             SLICE),
     Mutation("sums over nothing not filled", LAUNCH, "result.zero_()", "pass",
              Case("box_loss", layout="empty", weight="anchors")),
-    Mutation("default stream", LAUNCH, GUARD,
-             "with torch.cuda.device(device), torch.cuda.stream(torch.cuda.default_stream()):",
+    Mutation("default stream", LAUNCH, START, START.replace("current_stream(device.index)", "0"),
              Case("dfl_loss", place="side stream")),
+    Mutation("stream of the first device", LAUNCH, START, START.replace("device.index", "0"),
+             Case("dfl_loss")),
     Mutation("first device", LAUNCH, GUARD, "with torch.cuda.device(0):", Case("dfl_loss")),
     Mutation("current device", LAUNCH, GUARD, "if True:", Case("dfl_loss")),
+    Mutation("kernels shared by devices", LAUNCH, KEY, "key = (launch_plan.signature,)",
+             Case("dfl_loss"), (Case("dfl_loss", place="default"),)),
+    Mutation("kernels shared by dtypes", LAUNCH, KEY, "key = (device, launch_plan.kernel)",
+             SLICE, (replace(SLICE, dtype="fp16"),)),
     Mutation("strided upstream gradient read as packed", LAUNCH, "value = value.contiguous()",
              "value = value", Case("dfl_loss", layout="rows-4d", upstream="reversed")),
     Mutation("room for the sums of one program", LAUNCH, "(3, programs)", "(3, 1)",
              Case("box_loss", layout="rows", weight="scores")),
     Mutation("gradient written into the logits", "operators/implementations.py",
              "return [torch.empty_like(main)]", "return [main.detach()]", Case("dfl_loss")),
-    Mutation("not warmed up before the capture is not noticed", LAUNCH, "_warm.add(key)", "pass",
-             Case("dfl_loss", graph=True, place="side stream")),
 )  # fmt: skip
 
 
@@ -141,7 +151,8 @@ class Processes:
             shutil.copytree(ROOT / "dflkern", folder / "dflkern")
             path = folder / "dflkern" / mutation.file
             path.write_text(path.read_text().replace(mutation.old, mutation.new))
-            yield {"sources": str(folder), "cases": [asdict(mutation.case)]}
+            cases = [*mutation.before, mutation.case]
+            yield {"sources": str(folder), "cases": [asdict(case) for case in cases]}
 
     def run(self, jobs):
         """The outcomes of each job."""
@@ -160,7 +171,7 @@ class Processes:
     def faults_of(self, mutation):
         """What was noticed of a mutation."""
         i = MUTATIONS.index(mutation)
-        return self.halves[i % 2].result()[1 + i // 2][0]["faults"]
+        return self.halves[i % 2].result()[1 + i // 2][-1]["faults"]
 
 
 @pytest.fixture(scope="module")
