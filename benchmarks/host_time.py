@@ -6,6 +6,8 @@ meaningless, and only ratios of one run should be quoted. One core, no GPU.
     python -m benchmarks.host_time                  # from the repository's root
     python -m benchmarks.host_time --only "dfl_loss mean" eager --rounds 20
 
+Times are CPU time of all threads: on one core that is wall time, less what other processes take.
+
 Columns: launches with `.backward()` and with the upstream gradient passed in; us a call with sizes
 that stay the same; us a call with a number of anchors that is new at each call; file-system calls
 of a call after the first.
@@ -57,7 +59,7 @@ class Case:
 
 @dataclass
 class Row:
-    """What was measured of a case; times in us, the least of all rounds."""
+    """What was measured of a case; CPU times in us, the least of all rounds."""
 
     name: str
     launches: int
@@ -268,10 +270,10 @@ def _new_sizes(cases: int, count: int) -> list[list[int]]:
 
 
 def _time(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(CALLS):
         call()
-    return (time.perf_counter() - start) / CALLS * 1e6
+    return (time.process_time() - start) / CALLS * 1e6
 
 
 def table(rows: Sequence[Row]) -> str:
