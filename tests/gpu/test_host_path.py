@@ -98,40 +98,57 @@ class Mutation:
     before: tuple[Case, ...] = ()
 
 
-SLICE = Case("dfl_decode", layout="slice")
-LAUNCH, START = "gpu/launch.py", "start(*launch_plan.grid, current_stream(device.index), *values)"
-GUARD, KEY = "with torch.cuda.device(device):", "key = (device, launch_plan.signature)"
+LAUNCH, CALLS, LOSS = "gpu/launch.py", "operators/implementations.py", Case("dfl_loss")
+SLICE, GUARD = Case("dfl_decode", layout="slice"), "with torch.cuda.device(device):\n            "
+START = "start(x, y, z, stream, *[tensors[role].data_ptr() for role in roles]"
+STREAM, DEVICE = "stream = current_stream(device)", "if torch._C._cuda_getDevice() != device:"
+KEY, LOADED = "op, logits.dtype, layout, device,", "key = (device, launch_plan.signature)"
+FIRST = Case("dfl_loss", place="default")
 MUTATIONS = (
-    Mutation("arguments swapped", LAUNCH, START, START.replace("*values", "*values[::-1]"),
-             SLICE),
-    Mutation("results swapped", LAUNCH, "{**held, **results}",
-             "{**held, **dict(zip(results, [*results.values()][::-1]))}",
-             Case("dfl_loss_and_decode")),
+    Mutation("arguments swapped", LAUNCH, START, START.replace("roles", "roles[::-1]"), SLICE),
+    Mutation("results swapped", CALLS, "zip(op.results, results, strict=True):",
+             "zip(op.results, results[::-1], strict=True):", Case("dfl_loss_and_decode")),
     Mutation("strides swapped", "gpu/arguments.py", '"middle_stride": middle.logits',
              '"middle_stride": outer.logits', SLICE),
-    Mutation("grid without its last axis", LAUNCH, START,
-             START.replace("launch_plan.grid", "launch_plan.grid[:2], 1"),
-             SLICE),
-    Mutation("grid of the wrong axes", LAUNCH, START, START.replace(".grid", ".grid[::-1]"),
-             SLICE),
-    Mutation("sums over nothing not filled", LAUNCH, "result.zero_()", "pass",
+    Mutation("grid without its last axis", LAUNCH, START, START.replace("y, z", "y, 1"), SLICE),
+    Mutation("grid of the wrong axes", LAUNCH, START, START.replace("x, y, z", "z, y, x"), SLICE),
+    Mutation("one program too few", LAUNCH, "-(-(n // each) // block)", "n // each // block", LOSS),
+    Mutation("grid without the rest of the rows", LAUNCH, " + (n % each > 0)", "",
+             Case("dfl_decode", bins=17)),
+    Mutation("number of rows of the first call", LAUNCH, "(n % each > 0), (n,)",
+             "(n % each > 0), numbers", LOSS, (Case("dfl_loss", layout="rows-4d"),)),
+    Mutation("sums over nothing not filled", CALLS, "result.zero_()", "pass",
              Case("box_loss", layout="empty", weight="anchors")),
-    Mutation("default stream", LAUNCH, START, START.replace("current_stream(device.index)", "0"),
-             Case("dfl_loss", place="side stream")),
-    Mutation("stream of the first device", LAUNCH, START, START.replace("device.index", "0"),
-             Case("dfl_loss")),
-    Mutation("first device", LAUNCH, GUARD, "with torch.cuda.device(0):", Case("dfl_loss")),
-    Mutation("current device", LAUNCH, GUARD, "if True:", Case("dfl_loss")),
-    Mutation("kernels shared by devices", LAUNCH, KEY, "key = (launch_plan.signature,)",
-             Case("dfl_loss"), (Case("dfl_loss", place="default"),)),
-    Mutation("kernels shared by dtypes", LAUNCH, KEY, "key = (device, launch_plan.kernel)",
+    Mutation("default stream", LAUNCH, STREAM, "stream = 0", Case("dfl_loss", place="side stream")),
+    Mutation("stream of the first device", LAUNCH, STREAM, "stream = current_stream(0)", LOSS),
+    Mutation("current device", LAUNCH, DEVICE, "if False:", LOSS),
+    Mutation("kernel loaded on the first device", LAUNCH, f"{GUARD}start",
+             "if True:\n            start", LOSS),
+    Mutation("kernels shared by devices", LAUNCH, LOADED, "key = (launch_plan.signature,)", LOSS,
+             (FIRST,)),
+    Mutation("launches shared by devices", LAUNCH, KEY, KEY.replace("device", "0"), LOSS, (FIRST,)),
+    Mutation("kernels shared by dtypes", LAUNCH, LOADED, "key = (device, launch_plan.kernel)",
              SLICE, (replace(SLICE, dtype="fp16"),)),
+    Mutation("launches shared by dtypes", LAUNCH, KEY, KEY.replace("logits.dtype", "None"),
+             LOSS, (Case("dfl_loss", dtype="fp16"),)),
+    Mutation("launches shared by reductions", LAUNCH, "aligned, others, beside", "aligned, others",
+             Case("dfl_loss", reduction="mean"), (LOSS,)),
+    Mutation("unaligned logits taken for aligned", LAUNCH, "aligned = logits.data_ptr() % 16 == 0",
+             "aligned = True", Case("dfl_loss", layout="offset")),
     Mutation("strided upstream gradient read as packed", LAUNCH, "value = value.contiguous()",
-             "value = value", Case("dfl_loss", layout="rows-4d", upstream="reversed")),
-    Mutation("room for the sums of one program", LAUNCH, "(3, programs)", "(3, 1)",
+             "value = value", Case("decode_boxes", layout="columns", upstream="reversed")),
+    Mutation("upstream gradient of any stride taken for packed", "problem.py",
+             "if tensor.shape == shape and tensor.is_contiguous():", "if tensor.shape == shape:",
+             Case("dfl_loss", layout="rows-4d", upstream="reversed")),
+    Mutation("weight of an anchor taken for that of a side", "problem.py",
+             'return Beside(tensor.dtype, "sides")', "return Beside(tensor.dtype)",
+             Case("dfl_loss", layout="rows-4d", weight="anchors")),
+    Mutation("mean over programs", LAUNCH, "numbers = (programs, n)",
+             "numbers = (programs, programs)", Case("dfl_loss", reduction="mean")),
+    Mutation("room for the sums of one program", LAUNCH, "programs = x * y * z", "programs = 1",
              Case("box_loss", layout="rows", weight="scores")),
-    Mutation("gradient written into the logits", "operators/implementations.py",
-             "return [torch.empty_like(main)]", "return [main.detach()]", Case("dfl_loss")),
+    Mutation("gradient written into the logits", CALLS, "return [torch.empty_like(main)]",
+             "return [main.detach()]", LOSS),
 )  # fmt: skip
 
 

@@ -75,6 +75,16 @@ def paired(machine, instruction, mask):
     machine.write_parts(destination, result, TYPES["b64"], mask, undefined)
 
 
+@opcode("add sub mul", "f16", "rn")
+@opcode("add sub mul", "bf16", "rn")
+def halves(machine, instruction, mask):
+    """In float32, whose digits suffice for the second rounding to change nothing."""
+    destination, *operands = instruction.operands
+    values = [machine.read(o, instruction.type).astype(np.float32) for o in operands]
+    result = BINARY[instruction.name](*values)
+    machine.write(destination, result, instruction.type, mask, machine.undefined_of(*operands))
+
+
 @opcode("add sub fma", "f32 f16 bf16", "rn")
 def mixed(machine, instruction, mask):
     """In float32, all but the last operand in half precision."""
