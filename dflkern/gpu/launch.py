@@ -180,7 +180,8 @@ def _scratch(logits: Tensor, count: int) -> Tensor:
     )
 
 
-IN_PLACE = ("logits", "weight")  # of boxes: read where they are, whatever their strides
+# Of boxes: read and written where they are, whatever their strides and dtypes
+IN_PLACE = ("logits", "weight", "grad_logits")
 
 
 def _held(

@@ -134,7 +134,7 @@ MUTATIONS = (
     Mutation("launches shared by reductions", LAUNCH, "aligned, others, beside", "aligned, others",
              Case("dfl_loss", reduction="mean"), (LOSS,)),
     Mutation("unaligned logits taken for aligned", LAUNCH, "aligned = logits.data_ptr() % 16 == 0",
-             "aligned = True", Case("dfl_loss", layout="offset")),
+             "aligned = True", Case("dfl_loss", layout="offset"), (LOSS,)),
     Mutation("strided upstream gradient read as packed", LAUNCH, "value = value.contiguous()",
              "value = value", Case("decode_boxes", layout="columns", upstream="reversed")),
     Mutation("upstream gradient of any stride taken for packed", "problem.py",
