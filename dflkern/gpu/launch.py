@@ -180,8 +180,7 @@ def _scratch(logits: Tensor, count: int) -> Tensor:
     )
 
 
-# Of boxes: read and written where they are, whatever their strides and dtypes
-IN_PLACE = ("logits", "weight", "grad_logits")
+IN_PLACE = ("logits", "weight")  # of boxes: read where they are, whatever their strides
 
 
 def _held(
