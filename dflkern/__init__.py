@@ -10,6 +10,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from .detection import class_loss, distance_loss, pack_targets
 from .functional import box_loss, decode_boxes, dfl_decode, dfl_loss, dfl_loss_and_decode, explain
 from .geometry import bbox2dist, dfl_targets, dist2bbox, make_anchors
 from .iou import paired_box_iou
@@ -27,14 +28,17 @@ __all__ = [
     "DFLoss",
     "bbox2dist",
     "box_loss",
+    "class_loss",
     "decode_boxes",
     "dfl_decode",
     "dfl_loss",
     "dfl_loss_and_decode",
     "dfl_targets",
     "dist2bbox",
+    "distance_loss",
     "explain",
     "make_anchors",
+    "pack_targets",
     "paired_box_iou",
     "use_backend",
 ]

@@ -69,20 +69,20 @@ def check_broadcast(op: str, **shapes: tuple[int, ...]) -> None:
 
 
 def check_no_grad(op: str, name: str, value: Tensor) -> None:
-    """Gradients flow to the logits only; silently dropping another one would be wrong."""
+    """Only the first tensor gets a gradient; silently dropping another one would be wrong."""
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{op}: {name} requires grad, but gradients flow to the logits only. "
+            f"{op}: {name} requires grad, but only the first tensor gets a gradient. "
             f"Pass {name}.detach()."
         )
 
 
 def check_device(op: str, name: str, value: Tensor, logits: Tensor) -> None:
-    """Same device as the logits."""
+    """Same device as the logits, or whatever else is the first tensor."""
     if value.device != logits.device:
         raise ValueError(
-            f"{op}: {name} is on {value.device} and logits are on {logits.device}; all tensors of "
-            f"a call must be on one device. Move it with {name}.to(logits.device)."
+            f"{op}: {name} is on {value.device} and the first tensor is on {logits.device}; all "
+            f"tensors of a call must be on one device. Move it with {name}.to('{logits.device}')."
         )
 
 
@@ -308,7 +308,7 @@ def check_anchor_points(op: str, anchor_points: Tensor, logits: Tensor, num_anch
     if tuple(anchor_points.shape) != (num_anchors, 2):
         raise ValueError(
             f"{op}: anchor_points have shape {tuple(anchor_points.shape)}; ({num_anchors}, 2) is "
-            "needed: x and y, in cells, of each anchor of the logits. make_anchors gives them."
+            "needed: x and y, in cells, of each anchor. make_anchors gives them."
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checks import (
@@ -16,7 +15,6 @@ from .checks import (
     check_choice,
     check_logits,
     check_mask,
-    check_number,
     check_other,
     check_project,
     check_reduction,
@@ -24,6 +22,8 @@ from .checks import (
     check_target,
     check_weight,
 )
+from .detection import class_loss as class_loss
+from .detection import distance_loss as distance_loss
 from .operators import backends
 from .operators.run import bind, call
 from .operators.table import (
@@ -34,7 +34,7 @@ from .operators.table import (
     DFL_LOSS_AND_DECODE,
     TABLE,
 )
-from .problem import compute_dtype
+from .problem import filled, scalar
 
 
 def dfl_loss(
@@ -98,7 +98,7 @@ def dfl_loss(
     if weight is not None:
         check_weight(op, weight, logits, target.shape)
     if normalizer is not None:
-        normalizer = _scalar(op, "normalizer", normalizer, logits)
+        normalizer = scalar(op, "normalizer", normalizer, logits)
     loss: Tensor = call(
         DFL_LOSS, logits=logits, target=target, weight=weight, normalizer=normalizer,
         project=project, positions=positions, dim=dim, margin=float(margin), reduction=reduction,
@@ -213,7 +213,7 @@ def decode_boxes(
         check_other(op, "stride", stride, logits)
         check_shape(op, "stride", stride, (anchors, 1), (anchors,))
     elif stride is not None:
-        stride = _filled(op, "stride", stride, (anchors,), logits)
+        stride = filled(op, "stride", stride, (anchors,), logits)
     check_box_format(op, box_format)
     project, positions = check_project(op, project, 0.0, logits, logits.shape[dim])
     boxes: Tensor = call(
@@ -279,7 +279,7 @@ def box_loss(
     check_other(op, "weight", weight, logits)
     classes = weight.shape[2:] if weight.ndim == 3 else ()
     check_shape(op, "weight", weight, (batch, anchors, *classes))
-    normalizer = _scalar(op, "normalizer", normalizer, logits)
+    normalizer = scalar(op, "normalizer", normalizer, logits)
     if foreground is not None:
         check_mask(op, "foreground", foreground, logits, (batch, anchors))
     check_choice(op, "iou", iou, IOU_KINDS)
@@ -296,7 +296,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """Which backend would serve a call, with which launch, and why the others would not.
 
     Args:
-        op: "dfl_loss", "dfl_decode", "dfl_loss_and_decode", "decode_boxes" or "box_loss".
+        op: "dfl_loss", "dfl_decode", "dfl_loss_and_decode", "decode_boxes", "box_loss",
+            "class_loss" or "distance_loss".
         *args: the arguments of that function.
         **kwargs: its keyword arguments.
 
@@ -310,19 +311,3 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     check_choice("explain", "op", op, tuple(TABLE))
     arguments = bind(globals()[op], *args, **kwargs)
     return backends.report(TABLE[op], arguments, backends.requested())
-
-
-def _scalar(op: str, name: str, value: Tensor | float, logits: Tensor) -> Tensor:
-    """A 0-dim tensor, or a number as one."""
-    if not isinstance(value, Tensor):
-        return _filled(op, name, value, (), logits)
-    check_other(op, name, value, logits)
-    check_shape(op, name, value, ())
-    return value
-
-
-def _filled(op: str, name: str, value: float, shape: tuple[int, ...], logits: Tensor) -> Tensor:
-    """A number as a tensor: by a fill, where torch.tensor would be a copy from the host."""
-    dtype = compute_dtype(logits.dtype)
-    check_number(op, name, value, dtype)
-    return torch.full(shape, value, dtype=dtype, device=logits.device)

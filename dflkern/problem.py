@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_number, check_other, check_shape
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype all arithmetic and all results have: fp64 for fp64 logits, else fp32."""
@@ -24,6 +26,22 @@ def savable(tensor: Tensor) -> Tensor:
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return tensor.clone()
     return tensor
+
+
+def filled(op: str, name: str, value: Any, shape: tuple[int, ...], logits: Tensor) -> Tensor:
+    """A number as a tensor: by a fill, where torch.tensor would be a copy from the host."""
+    dtype = compute_dtype(logits.dtype)
+    check_number(op, name, value, dtype)
+    return torch.full(shape, value, dtype=dtype, device=logits.device)
+
+
+def scalar(op: str, name: str, value: Tensor | float, logits: Tensor) -> Tensor:
+    """A 0-dim tensor, or a number as one."""
+    if not isinstance(value, Tensor):
+        return filled(op, name, value, (), logits)
+    check_other(op, name, value, logits)
+    check_shape(op, name, value, ())
+    return value
 
 
 class Axis(NamedTuple):

@@ -7,6 +7,7 @@
 #endif
 
 #include "box_chunk.h"
+#include "storage.h"
 
 namespace dflkern {
 namespace {
@@ -21,21 +22,6 @@ void each_anchor(const BoxLayout& layout, int64_t begin, int64_t end, Function f
       ++image;
     }
     function(anchor, image * layout.anchors * kSides + anchor * layout.anchor_step());
-  }
-}
-
-// Calls function with the storage type of the logits as an argument's type.
-template <class Function>
-void with_storage(Storage storage, Function function) {
-  switch (storage) {
-    case Storage::kFloat:
-      return function(float());
-    case Storage::kDouble:
-      return function(double());
-    case Storage::kHalf:
-      return function(Half());
-    case Storage::kBFloat16:
-      return function(BFloat16());
   }
 }
 

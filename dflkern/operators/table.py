@@ -265,8 +265,48 @@ BOX_LOSS = Operator(
     saved_on_cpu=("logits", "anchor_points", "normalizer", "candidates", "kept", "project"),
     condensed=_with_anchor_weights,
 )
+CLASS_LOSS = Operator(
+    name="class_loss",
+    tensors=("class_logits", "matched", "score", "gt_labels", "normalizer", "class_weight?"),
+    settings=(
+        Setting("kind", "str"),
+        Setting("alpha", "float"),
+        Setting("gamma", "float"),
+        Setting("detach_modulation", "bool"),
+    ),
+    results=("loss",),
+    saved=("class_logits", "matched", "score", "gt_labels", "normalizer", "class_weight"),
+    forward=reference.class_loss,
+    backward=reference.class_loss_backward,
+    shape=_scalar,
+    bins=False,
+    kernels=("cpu",),
+)
+DISTANCE_LOSS = Operator(
+    name="distance_loss",
+    tensors=(
+        "distances", "anchor_points", "target_boxes", "weight", "normalizer", "stride",
+        "foreground?", "matched?",
+    ),
+    settings=(Setting("image_size", "float[]"), Setting("iou", "str")),
+    results=("iou_loss", "l1_loss"),
+    saved=(
+        "distances", "anchor_points", "target_boxes", "weight", "normalizer", "stride",
+        "foreground", "matched",
+    ),
+    forward=reference.distance_loss,
+    backward=reference.distance_loss_backward,
+    shape=_scalar,
+    bins=False,
+    kernels=(),
+)  # fmt: skip
 
-TABLE = {op.name: op for op in (DFL_LOSS, DFL_DECODE, DFL_LOSS_AND_DECODE, DECODE_BOXES, BOX_LOSS)}
+TABLE = {
+    op.name: op
+    for op in (
+        DFL_LOSS, DFL_DECODE, DFL_LOSS_AND_DECODE, DECODE_BOXES, BOX_LOSS, CLASS_LOSS, DISTANCE_LOSS
+    )
+}  # fmt: skip
 
 
 # With their gradients

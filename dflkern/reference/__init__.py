@@ -4,6 +4,8 @@ Each function has the parameters of its record in `operators.table`, by name and
 """
 
 from .boxes import box_loss, box_loss_backward, decode_boxes, decode_boxes_backward
+from .classes import class_loss, class_loss_backward
+from .distances import distance_loss, distance_loss_backward
 from .distributions import (
     dfl_decode,
     dfl_decode_backward,
@@ -16,6 +18,8 @@ from .distributions import (
 __all__ = [
     "box_loss",
     "box_loss_backward",
+    "class_loss",
+    "class_loss_backward",
     "decode_boxes",
     "decode_boxes_backward",
     "dfl_decode",
@@ -24,4 +28,6 @@ __all__ = [
     "dfl_loss_and_decode",
     "dfl_loss_and_decode_backward",
     "dfl_loss_backward",
+    "distance_loss",
+    "distance_loss_backward",
 ]

@@ -48,7 +48,7 @@ CASES = [
     (loss, {"target": T[:, :3]}, ValueError, "target has shape (8, 3), but", "shape (8, 4): one value per"),
     (loss, {"target": T.reshape(-1)}, ValueError, "target has shape (32,)", "Reshape the target"),
     (loss, {"target": with_grad(T)}, ValueError, "target requires grad", "target.detach()"),
-    (loss, {"target": T.to("meta")}, ValueError, "target is on meta and logits are on cpu", ".to(logits.device)"),
+    (loss, {"target": T.to("meta")}, ValueError, "target is on meta and the first tensor is on cpu", ".to('cpu')"),
     (loss, {"weight": torch.zeros(8, 4, 1)}, ValueError, "weight has shape (8, 4, 1), which does not", "(N, 1)"),
     (loss, {"weight": torch.zeros(3, 4)}, ValueError, "weight has shape (3, 4)", "target's shape (8, 4)"),
     (loss, {"weight": with_grad(T)}, ValueError, "weight requires grad", "weight.detach()"),

@@ -11,6 +11,7 @@ import torch
 import dflkern
 from fuzz import BACKENDS, OPS, check, draw, shrink
 from fuzz import box_model as boxes_of_the_model
+from fuzz import class_model as classes_of_the_model
 from fuzz import model as distributions_of_the_model
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,28 @@ def gradient_everywhere(original, arguments):
     return iou_loss + (logits - logits.detach()).sum() * 1e-6, dfl_loss
 
 
+def alpha_everywhere(original, arguments):
+    if arguments["kind"] == "varifocal":
+        arguments = {**arguments, "score": arguments["score"] * arguments["alpha"]}
+    return original(**arguments)
+
+
+def alpha_for_quality(original, arguments):
+    factor = arguments["alpha"] if arguments["kind"] == "quality" else 1
+    return original(**arguments) * factor
+
+
+def last_object(original, arguments):
+    last = len(arguments["gt_labels"]) - 1
+    return original(**{**arguments, "matched": arguments["matched"].clamp(max=last)})
+
+
+def last_label(original, arguments):
+    logits, labels = arguments["class_logits"], arguments["gt_labels"]
+    last = logits.shape[arguments["dim"]] - 1
+    return original(**{**arguments, "gt_labels": labels.clamp(max=last)})
+
+
 def lowest_bit(mask):
     if mask is None:
         return None
@@ -105,6 +128,21 @@ FAULTS = {
         "box_loss", with_arguments(normalizer=lambda n: torch.as_tensor(n).clamp(min=1)),
     ),
     "a gradient off the foreground": ("box_loss", gradient_everywhere),
+    "no class weight": ("class_loss", with_arguments(class_weight=lambda _: None)),
+    "alpha at the object's class too": ("class_loss", alpha_everywhere),
+    "alpha for quality": ("class_loss", alpha_for_quality),
+    "another exponent": ("class_loss", with_arguments(gamma=lambda g: g + 0.01)),
+    "always detached": ("class_loss", with_arguments(detach_modulation=lambda _: True)),
+    "never detached": ("class_loss", with_arguments(detach_modulation=lambda _: False)),
+    "the next object": ("class_loss", with_arguments(matched=lambda m: m + 1)),
+    "objects out of range taken for the last": ("class_loss", last_object),
+    "labels out of range taken for the last": ("class_loss", last_label),
+    "scores rounded to bf16": ("class_loss", with_arguments(score=lambda s: s.bfloat16())),
+    "a NaN score taken for 0": ("class_loss", with_arguments(score=lambda s: s.nan_to_num(0.0))),
+    "the scores' normalizer at least 1": (
+        "class_loss", with_arguments(normalizer=lambda n: torch.as_tensor(n).clamp(min=1)),
+    ),
+    "a class loss slightly off": ("class_loss", lambda f, arguments: f(**arguments) * (1 + 1e-4)),
 }  # fmt: skip
 
 
@@ -125,6 +163,7 @@ def test_a_fault_in_the_library_is_found(fault):
     [
         ("dfl_decode", distributions_of_the_model, "exp", lambda x: x),
         ("box_loss", boxes_of_the_model, "EPS", 1e-3),
+        ("class_loss", classes_of_the_model, "_log1p", lambda x: x),
     ],
 )
 def test_a_fault_in_the_model_is_found(op, module, name, value, monkeypatch):

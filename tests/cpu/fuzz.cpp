@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "fuzz_box_loss.h"
+#include "fuzz_class_loss.h"
 #include "fuzz_decode.h"
 #include "fuzz_distributions.h"
 
@@ -18,12 +19,14 @@ namespace {
 template <class T>
 void check(Random& random, Report& report) {
   arithmetic = sizeof(Compute<T>) == 8 ? kDouble : kFloat;
-  switch (random.below(5)) {
+  switch (random.below(6)) {
     case 0:
     case 1:
       return DistributionsCase<T>(random, report).check();
     case 2:
       return DecodeCase<T>(random, report).check();
+    case 3:
+      return ClassLossCase<T>(random, report).check();
     default:
       return BoxLossCase<T>(random, report).check();
   }

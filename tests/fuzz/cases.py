@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import box_cases, geometry_cases
+from . import box_cases, class_cases, geometry_cases
 from .distribution_cases import distributions
 from .making import Case, Maker
 from .specs import DISTRIBUTIONS, Spec
@@ -13,6 +13,7 @@ CASES = {
     **dict.fromkeys(DISTRIBUTIONS, distributions),
     "decode_boxes": box_cases.decode_boxes,
     "box_loss": box_cases.box_loss,
+    "class_loss": class_cases.class_loss,
     "paired_box_iou": geometry_cases.paired_box_iou,
     "bbox2dist": geometry_cases.bbox2dist,
     "dist2bbox": geometry_cases.dist2bbox,

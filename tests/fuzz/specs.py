@@ -12,9 +12,10 @@ from .tensors import DTYPES, LAYOUTS, MASKS, VALUES
 DISTRIBUTIONS = ("dfl_loss", "dfl_decode", "dfl_loss_and_decode")
 BOXES = ("decode_boxes", "box_loss")
 GEOMETRY = ("paired_box_iou", "bbox2dist", "dist2bbox", "dfl_targets", "make_anchors")
-OPS = DISTRIBUTIONS + BOXES + GEOMETRY
+CLASSES = ("class_loss",)
+OPS = DISTRIBUTIONS + BOXES + GEOMETRY + CLASSES
 BACKENDS = ("cpu", "cpu", "registered", "reference")
-FREQUENCY = (4, 3, 3, 3, 6, 1, 0.3, 0.3, 0.3, 0.1)
+FREQUENCY = (4, 3, 3, 3, 6, 1, 0.3, 0.3, 0.3, 0.1, 3)
 
 BINS = (2, 2, 3, 4, 7, 8, 8, 9, 10, 15, 16, 16, 16, 17, 19, 22, 31, 32, 33, 64, 91, 128, 255, 256)
 SIZES = (0, 1, 1, 2, 3, 4, 4, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 65, 130)
@@ -116,7 +117,8 @@ def draw(seed, index, ops=OPS, backends=BACKENDS):
     op = ops[int(rng.choice(len(ops), p=frequency / frequency.sum()))]
     bins = pick(BINS)
     large = rng.random() < 0.01
-    shape, dim = (_box_shape if op in BOXES else _shape)(rng, pick, bins, large)
+    make_shape = _box_shape if op in BOXES else _class_shape if op in CLASSES else _shape
+    shape, dim = make_shape(rng, pick, bins, large)
     mild = rng.random() < 0.5  # half of all cases have only finite, ordinary numbers
     spec = Spec(
         op, (seed, index), pick(backends), threads=pick((1, 2)),
@@ -156,6 +158,10 @@ def _box_shape(rng, pick, bins, large):
     anchors = min(1_000 if large else pick(ANCHORS), max(room, 1))
     batch = min(pick((0, 1, 1, 2, 3)), max(room // max(anchors, 1), 1))
     return (batch, anchors), pick((2, 3))
+
+
+def _class_shape(rng, pick, bins, large):
+    return (pick((0, 1, 1, 2, 3)), 1100 if large else pick(ANCHORS)), pick((1, 2))
 
 
 def simpler(spec):

@@ -98,7 +98,8 @@ def exact(tensor):
 
 def bits(tensor):
     """The bytes of a tensor's elements, in order."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    dense = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return dense.reshape(-1).view(torch.uint8)
 
 
 def memory(tensor):
