@@ -10,7 +10,13 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from .detection import class_loss, distance_loss, pack_targets
+from .detection import (
+    Assignment,
+    class_loss,
+    distance_loss,
+    pack_targets,
+    task_aligned_assign,
+)
 from .functional import box_loss, decode_boxes, dfl_decode, dfl_loss, dfl_loss_and_decode, explain
 from .geometry import bbox2dist, dfl_targets, dist2bbox, make_anchors
 from .iou import paired_box_iou
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Assignment",
     "BoxLoss",
     "DFLDecode",
     "DFLoss",
@@ -40,6 +47,7 @@ __all__ = [
     "make_anchors",
     "pack_targets",
     "paired_box_iou",
+    "task_aligned_assign",
     "use_backend",
 ]
 

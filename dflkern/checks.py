@@ -56,6 +56,24 @@ def check_number(op: str, name: str, value: Any, dtype: torch.dtype = torch.floa
         )
 
 
+def check_at_least(
+    op: str, name: str, value: Any, least: float, dtype: torch.dtype = torch.float64
+) -> None:
+    """A finite Python number that a dtype can hold, and not below least."""
+    check_number(op, name, value, dtype)
+    if not least <= value < math.inf:
+        raise ValueError(f"{op}: {name}={value}; a finite number of at least {least} is needed.")
+
+
+def check_count(op: str, name: str, value: object, most: int | None = None) -> None:
+    """A whole number from 1 to most."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} is {value!r}; a whole number of at least 1 is needed.")
+    if value < 1 or (most is not None and value > most):
+        bound = "a whole number of at least 1" if most is None else f"1 to {most}"
+        raise ValueError(f"{op}: {name}={value}; {bound} is needed.")
+
+
 def check_broadcast(op: str, **shapes: tuple[int, ...]) -> None:
     """Leading axes that broadcast against each other."""
     try:
@@ -77,12 +95,12 @@ def check_no_grad(op: str, name: str, value: Tensor) -> None:
         )
 
 
-def check_device(op: str, name: str, value: Tensor, logits: Tensor) -> None:
-    """Same device as the logits, or whatever else is the first tensor."""
-    if value.device != logits.device:
+def check_device(op: str, name: str, value: Tensor, main: Tensor) -> None:
+    """Same device as the first tensor of the call."""
+    if value.device != main.device:
         raise ValueError(
-            f"{op}: {name} is on {value.device} and the first tensor is on {logits.device}; all "
-            f"tensors of a call must be on one device. Move it with {name}.to('{logits.device}')."
+            f"{op}: {name} is on {value.device} and the first tensor is on {main.device}; all "
+            f"tensors of a call must be on one device. Move it with {name}.to('{main.device}')."
         )
 
 

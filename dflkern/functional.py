@@ -24,6 +24,7 @@ from .checks import (
 )
 from .detection import class_loss as class_loss
 from .detection import distance_loss as distance_loss
+from .detection import task_aligned_assign as task_aligned_assign
 from .operators import backends
 from .operators.run import bind, call
 from .operators.table import (
@@ -297,7 +298,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
 
     Args:
         op: "dfl_loss", "dfl_decode", "dfl_loss_and_decode", "decode_boxes", "box_loss",
-            "class_loss" or "distance_loss".
+            "class_loss", "distance_loss" or "task_aligned_assign".
         *args: the arguments of that function.
         **kwargs: its keyword arguments.
 

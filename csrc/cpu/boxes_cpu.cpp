@@ -57,14 +57,6 @@ bool is_centred(const std::string& box_format) {
   return box_format == "cxcywh";
 }
 
-Iou iou_of(const std::string& name) {
-  if (name == "iou") return Iou::kIou;
-  if (name == "giou") return Iou::kGiou;
-  if (name == "diou") return Iou::kDiou;
-  STD_TORCH_CHECK(name == "ciou", "dflkern: there is no IoU of kind ", name);
-  return Iou::kCiou;
-}
-
 Tensor decode_boxes(Tensor logits, Tensor anchor_points, MaybeTensor stride, MaybeTensor project,
                     int64_t dim, std::string box_format) {
   const bool cxcywh = is_centred(box_format);

@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <atomic>
 #include <optional>
+#include <string>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "call.h"
+#include "common/iou.h"
 
 namespace dflkern {
 
@@ -34,6 +36,14 @@ inline Storage storage_of(const char* name, const Tensor& tensor) {
     default:
       STD_TORCH_CHECK(false, "dflkern: ", name, " must be fp16, bf16, fp32 or fp64");
   }
+}
+
+inline Iou iou_of(const std::string& name) {
+  if (name == "iou") return Iou::kIou;
+  if (name == "giou") return Iou::kGiou;
+  if (name == "diou") return Iou::kDiou;
+  STD_TORCH_CHECK(name == "ciou", "dflkern: there is no IoU of kind ", name);
+  return Iou::kCiou;
 }
 
 inline ScalarType compute_type(const Call& call) {

@@ -26,10 +26,17 @@ from .table import Arguments, Operator
 _binding: contextvars.ContextVar[bool] = contextvars.ContextVar("dflkern_binding", default=False)
 
 
+class _Bound(Exception):  # noqa: N818  (no error: it ends a call that computes nothing)
+    """Carries the arguments of an operator to `bind`."""
+
+    def __init__(self, arguments: Arguments):
+        self.arguments = arguments
+
+
 def call(op: Operator, **arguments: Any) -> Any:
     """The results of an operator for checked arguments, all but the backend."""
     if _binding.get():
-        return arguments
+        raise _Bound(arguments)
     arguments["backend"] = backends.requested()
     main = arguments[op.main]
     if not is_plain(main):
@@ -44,10 +51,12 @@ def bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Arguments:
     """What a public function passes to its operator, but the backend; nothing is computed."""
     token = _binding.set(True)
     try:
-        arguments: Arguments = function(*args, **kwargs)
+        function(*args, **kwargs)
+    except _Bound as bound:
+        return bound.arguments
     finally:
         _binding.reset(token)
-    return arguments
+    raise TypeError(f"{function.__name__} calls no operator")
 
 
 def observed(op: Operator, arguments: Arguments) -> Any:

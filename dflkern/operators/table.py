@@ -9,10 +9,12 @@ To add a parameter: the public function in `api`, its record here, the reference
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -194,6 +196,12 @@ def _scalar(**others: Any) -> tuple[int, ...]:
     return ()
 
 
+def _assigned(*, class_logits: Tensor, dim: int, **others: Any) -> Sequence[Tensor]:
+    shape, dtype = (class_logits.shape[0], class_logits.shape[3 - dim]), class_logits.dtype
+    new = functools.partial(class_logits.new_empty, dtype=compute_dtype(dtype))
+    return class_logits.new_empty(shape, dtype=torch.int32), new(shape), new(())
+
+
 MARGIN = Setting("margin", "float")
 
 DFL_LOSS = Operator(
@@ -301,10 +309,33 @@ DISTANCE_LOSS = Operator(
     kernels=(),
 )  # fmt: skip
 
+TASK_ALIGNED_ASSIGN = Operator(
+    name="task_aligned_assign",
+    tensors=(
+        "class_logits", "boxes", "anchor_points", "stride", "gt_boxes", "gt_labels", "gt_image",
+    ),
+    settings=(
+        Setting("topk", "int"),
+        Setting("topk2", "int"),
+        Setting("alpha", "float"),
+        Setting("beta", "float"),
+        Setting("iou", "str"),
+        Setting("min_side", "float"),
+        Setting("conflicts", "str"),
+        Setting("eps", "float"),
+    ),
+    results=("matched", "score", "score_sum"),
+    forward=reference.task_aligned_assign,
+    allocate=_assigned,
+    bins=False,
+    kernels=("cpu",),
+)  # fmt: skip
+
 TABLE = {
     op.name: op
     for op in (
-        DFL_LOSS, DFL_DECODE, DFL_LOSS_AND_DECODE, DECODE_BOXES, BOX_LOSS, CLASS_LOSS, DISTANCE_LOSS
+        DFL_LOSS, DFL_DECODE, DFL_LOSS_AND_DECODE, DECODE_BOXES, BOX_LOSS, CLASS_LOSS,
+        DISTANCE_LOSS, TASK_ALIGNED_ASSIGN,
     )
 }  # fmt: skip
 

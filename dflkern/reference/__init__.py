@@ -3,6 +3,7 @@
 Each function has the parameters of its record in `operators.table`, by name and in that order.
 """
 
+from .assigner import task_aligned_assign
 from .boxes import box_loss, box_loss_backward, decode_boxes, decode_boxes_backward
 from .classes import class_loss, class_loss_backward
 from .distances import distance_loss, distance_loss_backward
@@ -30,4 +31,5 @@ __all__ = [
     "dfl_loss_backward",
     "distance_loss",
     "distance_loss_backward",
+    "task_aligned_assign",
 ]

@@ -30,6 +30,19 @@ def box_loss(
     )
 
 
+SCORES, FOUND = torch.zeros(2, 5, 3), torch.zeros(2, 5, 4)
+OBJECTS, INDEX = torch.zeros(7, 4), torch.zeros(7, dtype=torch.int64)
+
+
+def assign(
+    class_logits=SCORES, boxes=FOUND, anchor_points=ANCHORS, stride=STRIDE, gt_boxes=OBJECTS,
+    gt_labels=INDEX, gt_image=INDEX, **options,
+):  # fmt: skip
+    return dflkern.task_aligned_assign(
+        class_logits, boxes, anchor_points, stride, gt_boxes, gt_labels, gt_image, **options
+    )
+
+
 def with_grad(tensor):
     return tensor.clone().requires_grad_()
 
@@ -102,6 +115,31 @@ CASES = [
     (box_loss, {"normalizer": True}, TypeError, "normalizer is True; a number", "needed"),
     (box_loss, {"weight": WEIGHT.to(torch.float8_e4m3fn)}, TypeError, "weight has dtype torch.float8_e4m3fn", "weight.float()"),
     (box_loss, {"weight": with_grad(WEIGHT)}, ValueError, "weight requires grad", "weight.detach()"),
+    (assign, {"class_logits": SCORES.long()}, TypeError, "class_logits has dtype torch.int64; float16", "class_logits.float()"),
+    (assign, {"class_logits": SCORES[0]}, ValueError, "class_logits have shape (5, 3); three axes", "torch.cat("),
+    (assign, {"dim": 0}, ValueError, "dim=0 is not an axis of classes; -1", "1 for (B, C, A)"),
+    (assign, {"dim": 1.0}, TypeError, "dim is 1.0; an integer", "torch.softmax"),
+    (assign, {"boxes": FOUND.mT}, ValueError, "boxes has shape (2, 4, 5); (2, 5, 4)", "is needed"),
+    (assign, {"boxes": FOUND.to("meta")}, ValueError, "boxes is on meta and the first tensor is on cpu", ".to('cpu')"),
+    (assign, {"dim": 1}, ValueError, "boxes has shape (2, 5, 4); (2, 4, 3)", "is needed"),
+    (assign, {"anchor_points": ANCHORS[1:]}, ValueError, "anchor_points have shape (4, 2); (5, 2)", "make_anchors"),
+    (assign, {"stride": STRIDE[1:]}, ValueError, "stride has shape (4, 1); (5, 1) or (5,)", "is needed"),
+    (assign, {"stride": None}, TypeError, "stride is None; a number", "is needed"),
+    (assign, {"gt_boxes": OBJECTS[None]}, ValueError, "gt_boxes have shape (1, 7, 4); (N, 4)", "gt_image says"),
+    (assign, {"gt_boxes": OBJECTS.int()}, TypeError, "gt_boxes has dtype torch.int32", "gt_boxes.float()"),
+    (assign, {"gt_labels": INDEX.float()}, TypeError, "gt_labels is torch.float32; a tensor of int32 or int64", "gt_labels.long()"),
+    (assign, {"gt_image": [0] * 7}, TypeError, "gt_image is a list; a tensor of int32", "gt_image.long()"),
+    (assign, {"gt_image": INDEX[1:]}, ValueError, "gt_image has shape (6,); (7,)", "one number for each object"),
+    (assign, {"gt_image": INDEX.to("meta")}, ValueError, "gt_image is on meta", ".to('cpu')"),
+    (assign, {"topk": 0}, ValueError, "topk=0; a whole number of at least 1", "is needed"),
+    (assign, {"topk": 2.0}, TypeError, "topk is 2.0; a whole number", "is needed"),
+    (assign, {"topk2": 11}, ValueError, "topk2=11; 1 to 10", "is needed"),
+    (assign, {"alpha": -1}, ValueError, "alpha=-1; a finite number of at least 0", "is needed"),
+    (assign, {"beta": math.inf}, ValueError, "beta=inf; a finite number", "is needed"),
+    (assign, {"min_side": math.nan}, ValueError, "min_side=nan; a finite number", "is needed"),
+    (assign, {"eps": "1e-9"}, TypeError, "eps is '1e-9'; a number", "is needed"),
+    (assign, {"iou": "x"}, ValueError, "iou='x' is not known; accepted", "'ciou'"),
+    (assign, {"conflicts": "none"}, ValueError, "conflicts='none' is not known; accepted", "'inside', 'claimed', 'all'"),
 ]  # fmt: skip
 
 
@@ -112,7 +150,8 @@ def test_words(function, given, kind, first, second):
     words = str(error.value)
     assert first in words
     assert second in words
-    assert words.partition(":")[0] in ("dfl_loss", "decode_boxes", "box_loss")
+    names = ("dfl_loss", "decode_boxes", "box_loss", "task_aligned_assign")
+    assert words.partition(":")[0] in names
     assert words.endswith(".")
 
 

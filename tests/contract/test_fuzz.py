@@ -5,14 +5,17 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import dflkern
 from fuzz import BACKENDS, OPS, check, draw, shrink
+from fuzz import assign_model as assignments_of_the_model
 from fuzz import box_model as boxes_of_the_model
 from fuzz import class_model as classes_of_the_model
 from fuzz import model as distributions_of_the_model
+from fuzz.cases import build
 
 ROOT = Path(__file__).parents[2]
 BOUND = 400  # cases within which a fault must be found
@@ -143,6 +146,21 @@ FAULTS = {
         "class_loss", with_arguments(normalizer=lambda n: torch.as_tensor(n).clamp(min=1)),
     ),
     "a class loss slightly off": ("class_loss", lambda f, arguments: f(**arguments) * (1 + 1e-4)),
+    "topk off by one": ("task_aligned_assign", with_arguments(topk=lambda k: k + 1)),
+    "conflicts among claimers": (
+        "task_aligned_assign", with_arguments(conflicts=lambda _: "claimed"),
+    ),
+    "no second selection": ("task_aligned_assign", with_arguments(topk2=lambda _: None)),
+    "the power of the overlap forgotten": (
+        "task_aligned_assign", with_arguments(beta=lambda _: 1.0),
+    ),
+    "objects renamed": (
+        "task_aligned_assign", lambda f, arguments: (f(**arguments)[0] + 1, *f(**arguments)[1:]),
+    ),
+    "scores that are too small": (
+        "task_aligned_assign",
+        lambda f, arguments: f(**arguments)._replace(score=f(**arguments).score * 0.99),
+    ),
 }  # fmt: skip
 
 
@@ -158,9 +176,18 @@ def test_a_fault_in_the_library_is_found(fault):
     assert first_failure(op, altered(op, alter)) is not None
 
 
+def test_rounding_decides_few_assignments():
+    """Images that the model leaves open; in all others every decision is checked."""
+    cases = [build(draw(0, index, ("task_aligned_assign",))) for index in range(100)]
+    known = [case.results[0].known.all(1) for case in cases]
+    assert np.concatenate(known).mean() > 0.85
+    assert sum((case.results[0].value >= 0).sum() for case in cases) > 150
+
+
 @pytest.mark.parametrize(
     ("op", "module", "name", "value"),
     [
+        ("task_aligned_assign", assignments_of_the_model, "is_valid", lambda box: True),
         ("dfl_decode", distributions_of_the_model, "exp", lambda x: x),
         ("box_loss", boxes_of_the_model, "EPS", 1e-3),
         ("class_loss", classes_of_the_model, "_log1p", lambda x: x),

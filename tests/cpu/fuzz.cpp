@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 
+#include "fuzz_assign.h"
 #include "fuzz_box_loss.h"
 #include "fuzz_class_loss.h"
 #include "fuzz_decode.h"
@@ -19,7 +20,7 @@ namespace {
 template <class T>
 void check(Random& random, Report& report) {
   arithmetic = sizeof(Compute<T>) == 8 ? kDouble : kFloat;
-  switch (random.below(6)) {
+  switch (random.below(7)) {
     case 0:
     case 1:
       return DistributionsCase<T>(random, report).check();
@@ -27,6 +28,8 @@ void check(Random& random, Report& report) {
       return DecodeCase<T>(random, report).check();
     case 3:
       return ClassLossCase<T>(random, report).check();
+    case 4:
+      return AssignCase<T>(random, report).check();
     default:
       return BoxLossCase<T>(random, report).check();
   }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import box_cases, class_cases, geometry_cases
+from . import assign_cases, box_cases, class_cases, geometry_cases
 from .distribution_cases import distributions
 from .making import Case, Maker
 from .specs import DISTRIBUTIONS, Spec
@@ -14,6 +14,7 @@ CASES = {
     "decode_boxes": box_cases.decode_boxes,
     "box_loss": box_cases.box_loss,
     "class_loss": class_cases.class_loss,
+    "task_aligned_assign": assign_cases.task_aligned_assign,
     "paired_box_iou": geometry_cases.paired_box_iou,
     "bbox2dist": geometry_cases.bbox2dist,
     "dist2bbox": geometry_cases.dist2bbox,

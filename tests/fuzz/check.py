@@ -15,6 +15,7 @@ import dflkern
 
 from .bounds import PRECISIONS, Bounded
 from .cases import Case, build
+from .making import Whole
 from .specs import Spec
 from .tensors import DTYPES, bits, memory
 
@@ -134,8 +135,12 @@ def _expect_error(case: Case, product: Any) -> list[str]:
     return [f"did not raise {case.raises.__name__}"]
 
 
-def _compare(name: str, actual: Tensor, expected: Bounded, dtype: str | None = None) -> list[str]:
+def _compare(
+    name: str, actual: Tensor, expected: Bounded | Whole, dtype: str | None = None
+) -> list[str]:
     """A result of the arithmetic's type, or one rounded to another, against the model's."""
+    if isinstance(expected, Whole):
+        return _compare_whole(name, actual, expected)
     for known, precision in PRECISIONS.items():
         if precision is expected.precision:
             dtype = dtype or known
@@ -152,4 +157,18 @@ def _compare(name: str, actual: Tensor, expected: Bounded, dtype: str | None = N
     return [
         f"{name}: {int(wrong.sum())} of {wrong.size} are wrong; at {first} {values[first]!r}, "
         f"expected {expected.value[first]!r} within {4 * expected.bound[first]:.3g}"
+    ]
+
+
+def _compare_whole(name: str, actual: Tensor, expected: Whole) -> list[str]:
+    if actual.dtype != expected.dtype or tuple(actual.shape) != expected.value.shape:
+        shape = expected.value.shape
+        return [f"{name} is {actual.dtype} {tuple(actual.shape)}, not {expected.dtype} {shape}"]
+    wrong = (actual.numpy() != expected.value) & expected.known
+    if not wrong.any():
+        return []
+    first = tuple(int(i) for i in np.argwhere(wrong)[0])
+    return [
+        f"{name}: {int(wrong.sum())} of {wrong.size} are wrong; at {first} {int(actual[first])}, "
+        f"expected {int(expected.value[first])}"
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,15 @@ from torch import Tensor
 from .bounds import PRECISIONS, Bounded
 from .specs import Spec
 from .tensors import DTYPES, LAYOUTS, exact, lay_out, numbers
+
+
+@dataclass
+class Whole:
+    """An expected result of whole numbers; where it is not known, any will do."""
+
+    value: np.ndarray
+    dtype: torch.dtype
+    known: np.ndarray
 
 
 @dataclass
@@ -33,7 +42,7 @@ class Case:
     function: str
     arguments: dict[str, Any]
     leaf: tuple[str, Tensor]
-    results: list[Bounded]
+    results: Sequence[Bounded | Whole]
     upstream: list[Tensor | None] = field(default_factory=list)
     gradient: Bounded | None = None
     ordered: bool = True

@@ -13,9 +13,10 @@ DISTRIBUTIONS = ("dfl_loss", "dfl_decode", "dfl_loss_and_decode")
 BOXES = ("decode_boxes", "box_loss")
 GEOMETRY = ("paired_box_iou", "bbox2dist", "dist2bbox", "dfl_targets", "make_anchors")
 CLASSES = ("class_loss",)
-OPS = DISTRIBUTIONS + BOXES + GEOMETRY + CLASSES
+ASSIGN = ("task_aligned_assign",)
+OPS = DISTRIBUTIONS + BOXES + GEOMETRY + CLASSES + ASSIGN
 BACKENDS = ("cpu", "cpu", "registered", "reference")
-FREQUENCY = (4, 3, 3, 3, 6, 1, 0.3, 0.3, 0.3, 0.1, 3)
+FREQUENCY = (4, 3, 3, 3, 6, 1, 0.3, 0.3, 0.3, 0.1, 3, 2)
 
 BINS = (2, 2, 3, 4, 7, 8, 8, 9, 10, 15, 16, 16, 16, 17, 19, 22, 31, 32, 33, 64, 91, 128, 255, 256)
 SIZES = (0, 1, 1, 2, 3, 4, 4, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 65, 130)
@@ -37,6 +38,8 @@ TARGETS = ("inside", "inside", "edges", "special", "wide")
 WEIGHTS = ("positive", "signed", "ones", "zeros", "some zeros", "special", "background")
 UPSTREAM = ("normal", "normal", "equal", "zero", "special", "first", "second")
 NORMALIZERS = ("sum", "one", "number", "zero", "tiny", "negative", "nan")
+OBJECTS = (0, 1, 1, 2, 3, 5, 8, 20)
+POWERS = ((0.5, 6.0), (0.5, 6.0), (1.0, 6.0), (0.0, 1.0), (1.5, 0.0), (0.3, 2.7), (2.0, 3.5))
 PLACES = ("normal", "normal", "normal", "integers", "background", "special", "large")
 
 
@@ -70,6 +73,12 @@ class Spec:
     iou: str = "iou"
     stride: str | None = None
     box_format: str = "xyxy"
+    objects: int = 3
+    topk: int = 10
+    topk2: int | None = None
+    powers: tuple[float, float] = (0.5, 6.0)  # alpha and beta
+    min_side: float = 0.0
+    conflicts: str = "inside"
 
     def __repr__(self):
         """Without what has its default."""
@@ -103,6 +112,12 @@ SIMPLER = {
     "iou": ("iou",),
     "stride": (None,),
     "box_format": ("xyxy",),
+    "objects": (1, 2, 3, 5, 8),
+    "topk": (1, 2, 3, 10),
+    "topk2": (None, 1),
+    "powers": ((0.5, 6.0), (1.0, 6.0)),
+    "min_side": (0.0,),
+    "conflicts": ("inside",),
 }
 
 
@@ -117,7 +132,8 @@ def draw(seed, index, ops=OPS, backends=BACKENDS):
     op = ops[int(rng.choice(len(ops), p=frequency / frequency.sum()))]
     bins = pick(BINS)
     large = rng.random() < 0.01
-    make_shape = _box_shape if op in BOXES else _class_shape if op in CLASSES else _shape
+    shapes = {BOXES: _box_shape, CLASSES: _class_shape, ASSIGN: _assign_shape}
+    make_shape = next((make for ops, make in shapes.items() if op in ops), _shape)
     shape, dim = make_shape(rng, pick, bins, large)
     mild = rng.random() < 0.5  # half of all cases have only finite, ordinary numbers
     spec = Spec(
@@ -134,8 +150,13 @@ def draw(seed, index, ops=OPS, backends=BACKENDS):
         normalizer=pick(("sum", "one") if mild else NORMALIZERS),
         places=pick(("normal", "background") if mild else PLACES),
         iou=pick(("iou", "giou", "diou", "ciou")), stride=pick((None, "(A,)", "(A, 1)")),
-        box_format=pick(("xyxy", "cxcywh")),
+        box_format=pick(("xyxy", "cxcywh")), objects=pick(OBJECTS),
+        topk=pick((1, 2, 3, 10, 13, 200)), powers=pick(POWERS),
+        min_side=pick((0.0, 0.0, 16.0, 1000.0)),
+        conflicts=pick(("inside", "inside", "claimed", "all")),
     )  # fmt: skip
+    if rng.random() < 0.5:
+        spec = dataclasses.replace(spec, topk2=int(rng.integers(1, spec.topk + 1)))
     if op not in BOXES:
         spec = dataclasses.replace(spec, weight=pick((None, spec.weight)))
     if spec.reduction == "side_mean" and dim == 0:
@@ -164,6 +185,10 @@ def _class_shape(rng, pick, bins, large):
     return (pick((0, 1, 1, 2, 3)), 1100 if large else pick(ANCHORS)), pick((1, 2))
 
 
+def _assign_shape(rng, pick, bins, large):
+    return (pick((0, 1, 1, 2, 3)), pick(ANCHORS)), pick((1, 2))
+
+
 def simpler(spec):
     """Specifications that differ from this one in one field that they have simpler."""
     for axis, size in enumerate(spec.shape):
@@ -179,5 +204,5 @@ def simpler(spec):
         current = getattr(spec, field)
         before = values.index(current) if current in values else len(values)
         for value in values[:before]:
-            if not (field == "bins" and value >= spec.bins):
+            if not (field in ("bins", "objects", "topk") and value >= current):
                 yield dataclasses.replace(spec, **{field: value})

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_dim, check_number, check_shape, check_tensor
+from ..checks import check_device, check_dim, check_number, check_shape, check_tensor
 
 INTEGER_DTYPES = (torch.int32, torch.int64)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .checks import (
+from ..checks import (
     IOU_KINDS,
     check_anchor_points,
     check_choice,
@@ -15,7 +15,10 @@ from .checks import (
     check_other,
     check_shape,
 )
-from .detection_checks import (
+from ..operators.run import call
+from ..operators.table import CLASS_LOSS, DISTANCE_LOSS
+from ..problem import filled, scalar
+from .checks import (
     check_class_logits,
     check_image_size,
     check_integers,
@@ -25,9 +28,6 @@ from .detection_checks import (
     check_targets,
     check_vector,
 )
-from .operators.run import call
-from .operators.table import CLASS_LOSS, DISTANCE_LOSS
-from .problem import filled, scalar
 
 CLASS_KINDS = ("bce", "varifocal", "quality")
 
