@@ -14,17 +14,15 @@ from .checks import (
     check_box_logits,
     check_choice,
     check_logits,
-    check_mask,
-    check_other,
     check_project,
     check_reduction,
-    check_shape,
     check_target,
     check_weight,
 )
 from .detection import class_loss as class_loss
 from .detection import distance_loss as distance_loss
 from .detection import task_aligned_assign as task_aligned_assign
+from .detection.checks import check_box_reduction, check_target_boxes
 from .operators import backends
 from .operators.run import bind, call
 from .operators.table import (
@@ -35,7 +33,7 @@ from .operators.table import (
     DFL_LOSS_AND_DECODE,
     TABLE,
 )
-from .problem import filled, scalar
+from .problem import per_anchor, scalar
 
 
 def dfl_loss(
@@ -210,11 +208,8 @@ def decode_boxes(
     dim = check_box_logits(op, logits, dim)
     anchors = logits.shape[1 if dim == 3 else 3]
     check_anchor_points(op, anchor_points, logits, anchors)
-    if isinstance(stride, Tensor):
-        check_other(op, "stride", stride, logits)
-        check_shape(op, "stride", stride, (anchors, 1), (anchors,))
-    elif stride is not None:
-        stride = filled(op, "stride", stride, (anchors,), logits)
+    if stride is not None:
+        stride = per_anchor(op, "stride", stride, anchors, logits)
     check_box_format(op, box_format)
     project, positions = check_project(op, project, 0.0, logits, logits.shape[dim])
     boxes: Tensor = call(
@@ -229,66 +224,74 @@ def box_loss(
     anchor_points: Tensor,
     target_boxes: Tensor,
     weight: Tensor,
-    normalizer: Tensor | float,
+    normalizer: Tensor | float | None,
     *,
     dim: int = -1,
     foreground: Tensor | None = None,
+    matched: Tensor | None = None,
+    stride: Tensor | float | None = None,
     project: Project = None,
     margin: float = 0.01,
     iou: str = "ciou",
+    reduction: str = "sum",
 ) -> tuple[Tensor, Tensor]:
     """The two box losses of a detector's training step, over the foreground anchors.
 
         iou_loss = Σ w (1 − IoU) / normalizer
         dfl_loss = Σ w (mean over the 4 sides of DFL) / normalizer
 
-    A target box beyond the reach of the last bin trains DFL on the clamped distance and the IoU on
-    the true box. Background anchors and anchors of weight 0 never matter, whatever stands in them:
-    their gradient is exactly 0. Without foreground both losses are 0, whatever the normalizer.
+    The IoU and the distances are taken in cells. A target box beyond the reach of the last bin
+    trains DFL on the clamped distance and the IoU on the true box. Background anchors and anchors
+    of weight 0 never matter, whatever stands in them: their losses and gradients are exactly 0.
+    Without foreground both sums are 0, whatever the normalizer.
 
     Args:
         logits: (B, A, 4, K) with dim=-1, or (B, 4, K, A) with dim=2.
         anchor_points: (A, 2) as (x, y) in cells, from `make_anchors`.
-        target_boxes: (B, A, 4) as xyxy in cells: the box assigned to each anchor, divided by its
-            stride.
+        target_boxes: the box of each anchor, (B, A, 4), or with matched the box of each object,
+            (N, 4); as xyxy, in pixels with stride, else in cells.
         weight: (B, A), or class scores (B, A, C) that are summed over C.
-        normalizer: a float or a 0-dim tensor, used as given; usually the sum of all weights, at
-            least 1.
+        normalizer: divides the sums: a float or a 0-dim tensor, used as given; usually the sum of
+            all weights, at least 1. None with reduction="none".
         dim: the axis of the bins, -1 or 2.
-        foreground: (B, A) bool; None: all anchors.
+        foreground: (B, A) bool; None: all anchors. Not together with matched.
+        matched: (B, A) int32 or int64: the index of each anchor's box in target_boxes; background
+            where it is below 0 or not below N.
+        stride: pixels per cell: a number, (A,) or (A, 1); None if target_boxes are in cells.
         project: W, the position of each bin in cells; see `dfl_loss`.
         margin: see `dfl_loss`.
         iou: "iou", "giou", "diou" or "ciou"; see `paired_box_iou`. CIoU's α is a constant in
             backward.
+        reduction: "sum" as above; "none" gives w (1 − IoU) and w (mean of DFL) of each anchor.
 
     Returns:
-        (iou_loss, dfl_loss), both 0-dim, fp64 for fp64 logits, else fp32. Gradients flow to the
-        logits only.
+        (iou_loss, dfl_loss), 0-dim, or (B, A) with reduction="none"; fp64 for fp64 logits, else
+        fp32. Gradients flow to the logits only.
 
     Raises:
-        TypeError: for tensors of the wrong dtype.
-        ValueError: for shapes that do not fit, an unknown iou, or other tensors that require grad.
+        TypeError: for tensors of the wrong dtype, and without a normalizer for reduction="sum".
+        ValueError: for shapes that do not fit, an unknown iou or reduction, foreground together
+            with matched, a normalizer with reduction="none", or other tensors that require grad.
 
     Generalized Focal Loss, Li et al. 2020, https://arxiv.org/abs/2006.04388.
     """
     op = "box_loss"
     dim = check_box_logits(op, logits, dim)
-    batch, anchors = logits.shape[0], logits.shape[1 if dim == 3 else 3]
-    check_anchor_points(op, anchor_points, logits, anchors)
-    check_other(op, "target_boxes", target_boxes, logits)
-    check_shape(op, "target_boxes", target_boxes, (batch, anchors, 4))
-    check_other(op, "weight", weight, logits)
-    classes = weight.shape[2:] if weight.ndim == 3 else ()
-    check_shape(op, "weight", weight, (batch, anchors, *classes))
-    normalizer = scalar(op, "normalizer", normalizer, logits)
-    if foreground is not None:
-        check_mask(op, "foreground", foreground, logits, (batch, anchors))
+    anchors = (logits.shape[0], logits.shape[1 if dim == 3 else 3])
+    check_anchor_points(op, anchor_points, logits, anchors[1])
+    check_target_boxes(op, target_boxes, weight, foreground, matched, logits, anchors)
+    check_box_reduction(op, reduction, normalizer)
+    if reduction == "sum":
+        normalizer = scalar(op, "normalizer", normalizer, logits)
+    if stride is not None:
+        stride = per_anchor(op, "stride", stride, anchors[1], logits)
     check_choice(op, "iou", iou, IOU_KINDS)
     project, positions = check_project(op, project, margin, logits, logits.shape[dim])
     losses: tuple[Tensor, Tensor] = call(
         BOX_LOSS, logits=logits, anchor_points=anchor_points, target_boxes=target_boxes,
-        weight=weight, normalizer=normalizer, foreground=foreground, project=project,
-        positions=positions, dim=dim, margin=float(margin), iou=iou,
+        weight=weight, normalizer=normalizer, foreground=foreground, matched=matched,
+        stride=stride, project=project, positions=positions, dim=dim, margin=float(margin),
+        iou=iou, reduction=reduction,
     )  # fmt: skip
     return losses
 

@@ -17,6 +17,7 @@ from .checks import (
     check_margin,
     check_positions,
 )
+from .detection.checks import BOX_REDUCTIONS
 
 
 def _positions(op: str, project: Project, margin: float) -> tuple[float, ...] | None:
@@ -112,9 +113,10 @@ class BoxLoss(nn.Module):
         project: the position of each bin, or None; the values of a tensor are read here, once.
         margin: how far below the last bin targets are clamped.
         iou: "iou", "giou", "diou" or "ciou".
+        reduction: "sum" or "none".
 
     Raises:
-        ValueError: for a project that does not increase, or a bad margin or iou.
+        ValueError: for a project that does not increase, or a bad margin, iou or reduction.
     """
 
     def __init__(
@@ -124,11 +126,13 @@ class BoxLoss(nn.Module):
         project: Project = None,
         margin: float = 0.01,
         iou: str = "ciou",
+        reduction: str = "sum",
     ) -> None:
         super().__init__()
         check_dim("BoxLoss", dim, -1, 2, 3, -2)
         check_choice("BoxLoss", "iou", iou, IOU_KINDS)
-        self.dim, self.margin, self.iou = dim, margin, iou
+        check_choice("BoxLoss", "reduction", reduction, BOX_REDUCTIONS)
+        self.dim, self.margin, self.iou, self.reduction = dim, margin, iou, reduction
         self.project = _positions("BoxLoss", project, margin)
 
     def forward(
@@ -137,15 +141,22 @@ class BoxLoss(nn.Module):
         anchor_points: Tensor,
         target_boxes: Tensor,
         weight: Tensor,
-        normalizer: Tensor | float,
+        normalizer: Tensor | float | None = None,
         foreground: Tensor | None = None,
+        *,
+        matched: Tensor | None = None,
+        stride: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`box_loss(logits, …, foreground=foreground)`: (iou_loss, dfl_loss)."""
+        """`box_loss(logits, …, matched=matched, stride=stride)`: (iou_loss, dfl_loss)."""
         return functional.box_loss(
             logits, anchor_points, target_boxes, weight, normalizer, dim=self.dim,
-            foreground=foreground, project=self.project, margin=self.margin, iou=self.iou,
+            foreground=foreground, matched=matched, stride=stride, project=self.project,
+            margin=self.margin, iou=self.iou, reduction=self.reduction,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""
-        return _listed(dim=self.dim, project=self.project, margin=self.margin, iou=self.iou)
+        return _listed(
+            dim=self.dim, project=self.project, margin=self.margin, iou=self.iou,
+            reduction=self.reduction,
+        )  # fmt: skip

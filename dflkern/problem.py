@@ -35,12 +35,21 @@ def filled(op: str, name: str, value: Any, shape: tuple[int, ...], logits: Tenso
     return torch.full(shape, value, dtype=dtype, device=logits.device)
 
 
-def scalar(op: str, name: str, value: Tensor | float, logits: Tensor) -> Tensor:
+def scalar(op: str, name: str, value: Tensor | float | None, logits: Tensor) -> Tensor:
     """A 0-dim tensor, or a number as one."""
     if not isinstance(value, Tensor):
         return filled(op, name, value, (), logits)
     check_other(op, name, value, logits)
     check_shape(op, name, value, ())
+    return value
+
+
+def per_anchor(op: str, name: str, value: Tensor | float, anchors: int, logits: Tensor) -> Tensor:
+    """A number of each anchor, (A,) or (A, 1), or one for all of them as a tensor."""
+    if not isinstance(value, Tensor):
+        return filled(op, name, value, (anchors,), logits)
+    check_other(op, name, value, logits)
+    check_shape(op, name, value, (anchors, 1), (anchors,))
     return value
 
 

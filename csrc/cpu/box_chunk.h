@@ -5,58 +5,11 @@
 #include <cstdlib>
 #include <type_traits>
 
+#include "box_weights.h"
 #include "boxes.h"
 #include "lanes.h"
 
 namespace dflkern {
-
-// In several sums side by side, as one sum waits for each addition.
-template <class F, class W>
-F sum_of(const W* scores, int64_t classes, int64_t stride) {
-  constexpr int kSums = 16;
-  F sums[kSums] = {};
-  int64_t c = 0;
-  for (; stride == 1 && c + kSums <= classes; c += kSums) {
-    for (int i = 0; i < kSums; ++i) sums[i] += static_cast<F>(widened(scores[c + i]));
-  }
-  for (int half = kSums / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  for (; c < classes; ++c) sums[0] += static_cast<F>(widened(scores[c * stride]));
-  return sums[0];
-}
-
-inline int64_t size_of(Storage storage) {
-  switch (storage) {
-    case Storage::kFloat:
-      return 4;
-    case Storage::kDouble:
-      return 8;
-    default:
-      return 2;
-  }
-}
-
-// The weight of an anchor: the sum of its class scores.
-template <class F>
-F weight_of(const Weights& weight, int64_t image, int64_t anchor) {
-  const int64_t offset = image * weight.batch_stride + anchor * weight.anchor_stride;
-  switch (weight.storage) {
-    case Storage::kFloat:
-      return sum_of<F>(static_cast<const float*>(weight.data) + offset, weight.classes,
-                       weight.class_stride);
-    case Storage::kDouble:
-      return sum_of<F>(static_cast<const double*>(weight.data) + offset, weight.classes,
-                       weight.class_stride);
-    case Storage::kHalf:
-      return sum_of<F>(static_cast<const Half*>(weight.data) + offset, weight.classes,
-                       weight.class_stride);
-    case Storage::kBFloat16:
-      return sum_of<F>(static_cast<const BFloat16*>(weight.data) + offset, weight.classes,
-                       weight.class_stride);
-  }
-  return F(0);
-}
 
 // The anchors of one chunk that have a weight, side by side; lane s * count + i is side s of the
 // i-th of them.
@@ -98,8 +51,13 @@ class BoxChunk {
     for (int i = 0; i < count_; ++i) {
       F dfl = 0;
       for (int s = 0; s < kSides; ++s) dfl += losses_[s * count_ + i];
-      sums.iou += weight_[i] * (1 - overlap_[i]);
-      sums.dfl += weight_[i] * (dfl / kSides);
+      const F iou_loss = weight_[i] * (1 - overlap_[i]), dfl_loss = weight_[i] * (dfl / kSides);
+      if (loss_.iou_losses) {
+        static_cast<F*>(loss_.iou_losses)[indices_[i]] = iou_loss;
+        static_cast<F*>(loss_.dfl_losses)[indices_[i]] = dfl_loss;
+      }
+      sums.iou += iou_loss;
+      sums.dfl += dfl_loss;
     }
     sums.anchors = count_;
     return sums;
@@ -117,12 +75,12 @@ class BoxChunk {
     values.position = distances_;
     decode_lanes_.run(place_, values);
     alignas(64) F by_side[kSides][kAnchors + kWidth];
-    const F to_iou = static_cast<F>(-upstream.iou), to_dfl = static_cast<F>(upstream.dfl) / kSides;
+    scale_weights(upstream);
     for (int i = 0; i < count_; i += kWidth) {
       const Box<V> g = with_kind([&](auto kind) {
         return paired_iou_gradient<decltype(kind)::value>(predicted(i), wanted(i));
       });
-      const V scale = load<V>(weight_ + i) * to_iou;
+      const V scale = load<V>(to_iou_ + i);
       store(by_side[0] + i, -(scale * g.x1));
       store(by_side[1] + i, -(scale * g.y1));
       store(by_side[2] + i, scale * g.x2);
@@ -132,7 +90,7 @@ class BoxChunk {
     for (int s = 0; s < kSides; ++s) {
       for (int i = 0; i < count_; ++i) {
         grad_position[s * count_ + i] = by_side[s][i];
-        grad_loss[s * count_ + i] = weight_[i] * to_dfl;
+        grad_loss[s * count_ + i] = to_dfl_[i];
       }
     }
     values = {};
@@ -183,7 +141,7 @@ class BoxChunk {
       const int64_t image = index / loss_.anchors, anchor = index % loss_.anchors;
       if (!loss_.kept) {
         const int64_t first = image * weight.batch_stride + anchor * weight.anchor_stride;
-        __builtin_prefetch(static_cast<const F*>(loss_.target_boxes) + kSides * index);
+        __builtin_prefetch(box_of(index, image, anchor));
         fetch_line<false>(weights + size * first, weight.classes, size * weight.class_stride);
       }
       const int64_t first = image * loss_.logits.batch + anchor * loss_.logits.anchor;
@@ -218,10 +176,28 @@ class BoxChunk {
     if (count) __builtin_prefetch(from + (count - 1) * step, kWrite);
   }
 
+  // The weights times the upstream gradients.
+  void scale_weights(const BoxGradients& upstream) {
+    const F iou = static_cast<F>(-upstream.iou), dfl = static_cast<F>(upstream.dfl) / kSides;
+    for (int i = 0; i < count_; ++i) {
+      to_iou_[i] = weight_[i] * iou;
+      to_dfl_[i] = weight_[i] * dfl;
+      if (!upstream.iou_each) continue;
+      to_iou_[i] *= static_cast<const F*>(upstream.iou_each)[indices_[i]];
+      to_dfl_[i] *= static_cast<const F*>(upstream.dfl_each)[indices_[i]];
+    }
+  }
+
+  // Where the target box of an anchor is.
+  const F* box_of(int64_t index, int64_t image, int64_t anchor) const {
+    const int64_t row = loss_.matched.data ? loss_.matched.at(image, anchor) : index;
+    return static_cast<const F*>(loss_.target_boxes) + kSides * row;
+  }
+
   // Reads the anchors of these candidates that have a weight; whether there are any.
   bool collect(int64_t begin, int64_t end) {
-    const F* boxes = static_cast<const F*>(loss_.target_boxes);
     const F* points = static_cast<const F*>(loss_.points);
+    const F* stride = loss_.kept ? nullptr : static_cast<const F*>(loss_.stride);
     int64_t logits[kAnchors], gradient[kAnchors];
     count_ = 0;
     for (int64_t c = begin; c < end; ++c) {
@@ -229,7 +205,10 @@ class BoxChunk {
       const int64_t image = index / loss_.anchors, anchor = index % loss_.anchors;
       const F* kept = loss_.kept ? static_cast<const F*>(loss_.kept) + kKept * c : nullptr;
       const F weight = kept ? kept[0] : weight_of<F>(loss_.weight, image, anchor);
-      const F* box = kept ? kept + 1 : boxes + kSides * index;
+      const F* from = kept ? kept + 1 : box_of(index, image, anchor);
+      const F pixels = stride ? stride[anchor] : F(1);
+      const F box[kSides] = {from[0] / pixels, from[1] / pixels, from[2] / pixels,
+                             from[3] / pixels};
       if (loss_.keep) {
         F* keep = static_cast<F*>(loss_.keep) + kKept * c;
         keep[0] = weight;
@@ -280,7 +259,8 @@ class BoxChunk {
   Place place_;
   int64_t next_[kMaxLanes] = {}, gradient_next_[kMaxLanes] = {};
   // Vectors may reach beyond the last anchor, into values that are not used.
-  alignas(64) F weight_[kAnchors + kWidth] = {}, x_[kAnchors + kWidth] = {},
+  alignas(64) F weight_[kAnchors + kWidth] = {}, to_iou_[kAnchors + kWidth] = {},
+                to_dfl_[kAnchors + kWidth] = {}, x_[kAnchors + kWidth] = {},
                 y_[kAnchors + kWidth] = {}, overlap_[kAnchors + kWidth],
                 box_[kSides][kAnchors + kWidth] = {}, distances_[kMaxLanes + kWidth] = {},
                 losses_[kMaxLanes], target_[kMaxLanes];

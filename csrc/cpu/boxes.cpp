@@ -1,6 +1,8 @@
 #include "boxes.h"
 
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -48,6 +50,18 @@ void list_set(const uint8_t* mask, int64_t stride, int64_t anchors, int64_t firs
   }
   for (; a < anchors; ++a) {
     if (mask[a * stride] != 0) found.push_back(first + a);
+  }
+}
+
+// The anchors of one image that have an object.
+template <class I>
+void list_matched(const I* matched, int64_t stride, int64_t objects, int64_t anchors, int64_t first,
+                  std::vector<int64_t>& found) {
+  using Unsigned = std::make_unsigned_t<I>;
+  const auto limit = static_cast<Unsigned>(
+      std::min<int64_t>(objects, std::numeric_limits<I>::max()));
+  for (int64_t a = 0; a < anchors; ++a) {
+    if (static_cast<Unsigned>(matched[a * stride]) < limit) found.push_back(first + a);
   }
 }
 
@@ -106,6 +120,16 @@ std::vector<int64_t> find_candidates(const BoxLoss& loss) {
   std::vector<int64_t> found;
   for (int64_t image = 0; image < loss.batch; ++image) {
     const int64_t first = image * loss.anchors;
+    const MatchedObjects& matched = loss.matched;
+    if (matched.data) {
+      const int64_t at = image * matched.batch_stride;
+      const auto list = [&](const auto* row) {
+        list_matched(row + at, matched.anchor_stride, loss.objects, loss.anchors, first, found);
+      };
+      matched.wide ? list(static_cast<const int64_t*>(matched.data))
+                   : list(static_cast<const int32_t*>(matched.data));
+      continue;
+    }
     if (loss.foreground) {
       list_set(loss.foreground + image * loss.foreground_batch_stride,
                loss.foreground_anchor_stride, loss.anchors, first, found);

@@ -6,6 +6,7 @@
 
 #include "call.h"
 #include "common/iou.h"
+#include "matched.h"
 
 namespace dflkern {
 
@@ -48,15 +49,22 @@ struct BoxLoss {
   int64_t batch, anchors;
   BoxStrides logits, gradient;
   const void* points;        // (anchors, 2), in the type of the arithmetic, contiguous
-  const void* target_boxes;  // (batch, anchors, 4) as xyxy, likewise
+  const void* target_boxes;  // as xyxy, likewise: (batch, anchors, 4), or with matched (objects, 4)
+  const void* stride;        // pixels per cell (anchors), likewise; null: boxes are in cells
   Weights weight;
   const uint8_t* foreground;  // 0: background; null: no mask
   int64_t foreground_batch_stride, foreground_anchor_stride;
+  MatchedObjects matched;  // background where it is no index of an object; without data: no such
+  int64_t objects;
   Iou iou;
 
+  // The losses of each anchor, (batch, anchors), in the type of the arithmetic, set to 0 before;
+  // null: only their sums are wanted.
+  void *iou_losses, *dfl_losses;
+
   // What the backward needs of its candidates, kKept numbers of each in the type of the arithmetic:
-  // weight and target box. The forward writes `keep` if that is not null; where `kept` is not null,
-  // it stands for weight, foreground and target_boxes.
+  // weight and target box in cells. The forward writes `keep` if that is not null; where `kept` is not null,
+  // it stands for weight, foreground, matched, stride and target_boxes.
   void* keep;
   const void* kept;
 
@@ -81,6 +89,8 @@ struct BoxSums {
 };
 struct BoxGradients {
   double iou, dfl;  // upstream, divided by the normalizer
+  // Factors of these for each anchor, (batch, anchors), in the type of the arithmetic; or null
+  const void *iou_each = nullptr, *dfl_each = nullptr;
 };
 
 // Adds up w (1 - IoU) and w mean(DFL over the sides) of chunks begin to end into sums[chunk].

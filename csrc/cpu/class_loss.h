@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "call.h"
+#include "matched.h"
 
 namespace dflkern {
 
@@ -14,13 +15,6 @@ enum class ClassLossKind { kBce, kVarifocal, kQuality };
 // Strides of the logits, or of their gradient, in elements.
 struct ClassStrides {
   int64_t batch, anchor, label;
-};
-
-// A tensor (batch, anchors) of int32 or int64.
-struct MatchedObjects {
-  const void* data;
-  bool wide;  // int64
-  int64_t batch_stride, anchor_stride;
 };
 
 // A tensor (batch, anchors) of any floating-point type.

@@ -21,13 +21,6 @@ struct OwnedClassLoss {
   ClassLoss loss{};
 };
 
-bool is_wide(const char* name, const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(tensor.is_cpu() && (type == ScalarType::Int || type == ScalarType::Long),
-                  "dflkern: ", name, " must be int32 or int64 on the CPU");
-  return type == ScalarType::Long;
-}
-
 ClassStrides strides_of(const Tensor& tensor, int64_t dim) {
   const auto strides = tensor.strides();
   return {strides[0], strides[3 - dim], strides[dim]};
@@ -57,8 +50,7 @@ void set_targets(OwnedClassLoss& of, const Tensor& matched, const Tensor& score,
   ClassLoss& loss = of.loss;
   check_anchors("matched", matched, loss);
   check_anchors("score", score, loss);
-  loss.matched = {matched.const_data_ptr(), is_wide("matched", matched), matched.strides()[0],
-                  matched.strides()[1]};
+  loss.matched = matched_objects(matched);
   loss.score = {storage_of("score", score), score.const_data_ptr(), score.strides()[0],
                 score.strides()[1]};
   is_wide("gt_labels", gt_labels);

@@ -13,6 +13,7 @@
 
 #include "call.h"
 #include "common/iou.h"
+#include "matched.h"
 
 namespace dflkern {
 
@@ -44,6 +45,20 @@ inline Iou iou_of(const std::string& name) {
   if (name == "diou") return Iou::kDiou;
   STD_TORCH_CHECK(name == "ciou", "dflkern: there is no IoU of kind ", name);
   return Iou::kCiou;
+}
+
+// Whether a tensor of integers is one of int64, and not of int32.
+inline bool is_wide(const char* name, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(tensor.is_cpu() && (type == ScalarType::Int || type == ScalarType::Long),
+                  "dflkern: ", name, " must be int32 or int64 on the CPU");
+  return type == ScalarType::Long;
+}
+
+// A tensor of two axes, the anchors of each image.
+inline MatchedObjects matched_objects(const Tensor& matched) {
+  const auto strides = matched.strides();
+  return {matched.const_data_ptr(), is_wide("matched", matched), strides[0], strides[1]};
 }
 
 inline ScalarType compute_type(const Call& call) {

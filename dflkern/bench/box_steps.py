@@ -144,7 +144,7 @@ def _exact(step: BoxStep, of: BoxInputs, dtype: torch.dtype) -> gate.Values:
         logits = leaf.unflatten(-1, (4, BINS))
         losses = reference.box_loss(
             logits, of.anchor_points, of.target_boxes, of.scores, of.normalizer, of.foreground,
-            None, 3, MARGIN, "ciou",
+            None, None, None, 3, MARGIN, "ciou", "sum",
         )  # fmt: skip
         return losses[0] * GAINS[0] + losses[1] * GAINS[1]
 

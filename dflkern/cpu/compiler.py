@@ -23,9 +23,9 @@ from ..library.reporting import announce
 ABI_TARGET = "2.10"
 CPU_SOURCES = (
     "cpu/dfl_cpu.cpp", "cpu/run.cpp", "cpu/block_float.cpp", "cpu/block_double.cpp",
-    "cpu/vector_rows.cpp", "cpu/boxes.cpp", "cpu/boxes_cpu.cpp", "cpu/class_sums.cpp",
-    "cpu/class_gradients.cpp", "cpu/class_positives.cpp", "cpu/class_loss_cpu.cpp",
-    "cpu/assign.cpp", "cpu/assign_cpu.cpp",
+    "cpu/vector_rows.cpp", "cpu/boxes.cpp", "cpu/boxes_cpu.cpp", "cpu/box_loss_cpu.cpp",
+    "cpu/class_sums.cpp", "cpu/class_gradients.cpp", "cpu/class_positives.cpp",
+    "cpu/class_loss_cpu.cpp", "cpu/assign.cpp", "cpu/assign_cpu.cpp",
 )  # fmt: skip
 # -ffp-contract=off: a multiply-add is fused where the source says so and nowhere else
 FLAGS = (

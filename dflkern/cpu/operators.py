@@ -32,6 +32,9 @@ def spread(arguments: Arguments) -> Arguments:
     batch = logits.shape[0]
     everywhere = kept.new_zeros(batch * anchors, kept.shape[1]).index_copy(0, candidates, kept)
     weight, *box = everywhere.view(batch, anchors, -1).unbind(-1)
-    targets = {"target_boxes": torch.stack(box, -1), "weight": weight, "foreground": weight != 0}
+    targets = {
+        "target_boxes": torch.stack(box, -1), "weight": weight, "foreground": weight != 0,
+        "matched": None, "stride": None,
+    }  # fmt: skip
     others = {name: arguments[name] for name in arguments if name not in ("candidates", "kept")}
     return {**others, **targets}

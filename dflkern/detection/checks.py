@@ -9,8 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_dim, check_number, check_shape, check_tensor
+from ..checks import (
+    check_choice,
+    check_device,
+    check_dim,
+    check_mask,
+    check_number,
+    check_other,
+    check_shape,
+    check_tensor,
+)
 
+BOX_REDUCTIONS = ("sum", "none")
 INTEGER_DTYPES = (torch.int32, torch.int64)
 
 
@@ -58,6 +68,45 @@ def check_matched(op: str, matched: object, like: Tensor, shape: tuple[int, ...]
     check_integers(op, "matched", matched, like)
     assert isinstance(matched, Tensor)
     check_shape(op, "matched", matched, shape)
+
+
+def check_target_boxes(
+    op: str,
+    target_boxes: Tensor,
+    weight: Tensor,
+    foreground: Tensor | None,
+    matched: Tensor | None,
+    like: Tensor,
+    anchors: tuple[int, int],
+) -> None:
+    """What a box loss is given for each anchor, `anchors` being (B, A)."""
+    check_other(op, "target_boxes", target_boxes, like)
+    if matched is None:
+        check_shape(op, "target_boxes", target_boxes, (*anchors, 4))
+    else:
+        check_matched(op, matched, like, anchors)
+        check_shape(op, "target_boxes", target_boxes, (*target_boxes.shape[:1], 4))
+    check_other(op, "weight", weight, like)
+    classes = weight.shape[2:] if weight.ndim == 3 else ()
+    check_shape(op, "weight", weight, (*anchors, *classes))
+    if foreground is None:
+        return
+    check_mask(op, "foreground", foreground, like, anchors)
+    if matched is not None:
+        raise ValueError(
+            f"{op}: foreground and matched are both given, and matched tells the foreground. "
+            "Leave foreground out, or set matched to -1 where an anchor is background."
+        )
+
+
+def check_box_reduction(op: str, reduction: str, normalizer: object) -> None:
+    """A known reduction, without a normalizer if it is not a sum."""
+    check_choice(op, "reduction", reduction, BOX_REDUCTIONS)
+    if reduction == "none" and normalizer is not None:
+        raise ValueError(
+            f'{op}: normalizer={normalizer!r} divides a sum, and reduction="none" makes none. Pass '
+            "normalizer=None and divide the losses."
+        )
 
 
 def check_vector(op: str, name: str, value: Tensor, meaning: str) -> None:

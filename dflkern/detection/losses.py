@@ -11,13 +11,12 @@ from ..checks import (
     IOU_KINDS,
     check_anchor_points,
     check_choice,
-    check_mask,
     check_other,
     check_shape,
 )
 from ..operators.run import call
 from ..operators.table import CLASS_LOSS, DISTANCE_LOSS
-from ..problem import filled, scalar
+from ..problem import per_anchor, scalar
 from .checks import (
     check_class_logits,
     check_image_size,
@@ -25,6 +24,7 @@ from .checks import (
     check_layout,
     check_matched,
     check_not_negative,
+    check_target_boxes,
     check_targets,
     check_vector,
 )
@@ -168,27 +168,8 @@ def distance_loss(
     check_shape(op, "distances", distances, _with_sides(distances, dim))
     anchors = (distances.shape[0], distances.shape[3 - dim])
     check_anchor_points(op, anchor_points, distances, anchors[1])
-    check_other(op, "target_boxes", target_boxes, distances)
-    check_other(op, "weight", weight, distances)
-    classes = weight.shape[2:] if weight.ndim == 3 else ()
-    check_shape(op, "weight", weight, (*anchors, *classes))
-    if matched is None:
-        check_shape(op, "target_boxes", target_boxes, (*anchors, 4))
-    else:
-        check_matched(op, matched, distances, anchors)
-        check_shape(op, "target_boxes", target_boxes, (*target_boxes.shape[:1], 4))
-    if foreground is not None:
-        check_mask(op, "foreground", foreground, distances, anchors)
-        if matched is not None:
-            raise ValueError(
-                f"{op}: foreground and matched are both given, and matched tells the foreground. "
-                "Leave foreground out, or set matched to -1 where an anchor is background."
-            )
-    if isinstance(stride, Tensor):
-        check_other(op, "stride", stride, distances)
-        check_shape(op, "stride", stride, (anchors[1], 1), (anchors[1],))
-    else:
-        stride = filled(op, "stride", stride, anchors[1:], distances)
+    check_target_boxes(op, target_boxes, weight, foreground, matched, distances, anchors)
+    stride = per_anchor(op, "stride", stride, anchors[1], distances)
     check_choice(op, "iou", iou, IOU_KINDS)
     losses: tuple[Tensor, Tensor] = call(
         DISTANCE_LOSS, distances=distances, anchor_points=anchor_points, target_boxes=target_boxes,

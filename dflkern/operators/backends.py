@@ -30,14 +30,16 @@ DESCRIPTIONS = {
 class Kind(NamedTuple):
     """All that the choice depends on: no sizes, which change from step to step.
 
-    `kernels` are the backends that have kernels of the operator. `prefers_triton` sums up the
-    number of bins and their stride. It and `beyond_grid` have one value on CPUs.
+    `kernels` are the backends that have kernels of the operator, `limits` those of them that cannot
+    serve its settings, and why. `prefers_triton` sums up the number of bins and their stride. It
+    and `beyond_grid` have one value on CPUs.
     """
 
     device: torch.device
     kernels: tuple[str, ...]
     prefers_triton: bool = False
     beyond_grid: tuple[str, ...] = ()
+    limits: tuple[tuple[str, str], ...] = ()
 
 
 class Choice(NamedTuple):
@@ -85,12 +87,13 @@ def _may_be_beyond_grid(op: Operator, main: torch.Tensor) -> bool:
 def kind_of(op: Operator, arguments: Mapping[str, Any]) -> Kind:
     """The kind of a call."""
     main = arguments[op.main]
+    limits = tuple(op.limits(arguments).items()) if op.limits is not None else ()
     if op.problem is None or main.device.type != "cuda":
-        return Kind(main.device, op.kernels)
+        return Kind(main.device, op.kernels, limits=limits)
     dim = arguments["dim"]
     prefers = prefers_triton(main.shape[dim], main.stride(dim) == 1)
     beyond = beyond_grid(op.problem(arguments)) if _may_be_beyond_grid(op, main) else ()
-    return Kind(main.device, op.kernels, prefers, tuple(beyond))
+    return Kind(main.device, op.kernels, prefers, tuple(beyond), limits)
 
 
 @functools.cache
@@ -156,8 +159,9 @@ def why_not(backend: str, kind: Kind) -> list[str]:
         return ["it has no kernel of this operator"]
     if backend == "cpu":
         return [] if kind.device.type == "cpu" else [f"the logits are on {kind.device}"]
+    limits = [reason for limited, reason in kind.limits if limited == backend]
     device = cuda_library.why_not if backend == "cuda" else launch.why_not
-    return [*device(kind.device), *kind.beyond_grid]
+    return [*device(kind.device), *limits, *kind.beyond_grid]
 
 
 def summary(op: Operator, arguments: Mapping[str, Any]) -> str:

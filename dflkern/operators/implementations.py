@@ -40,6 +40,8 @@ def on_triton(op: Operator, arguments: Arguments) -> Any:
     """The results of the Triton kernels, which do all that an operator is asked for."""
     if op.bins and (arguments["project"] is not None or arguments["positions"] is not None):
         arguments = with_project(arguments)
+    if op.known_to_gpus is not None:
+        arguments = op.known_to_gpus(arguments)
     return _launch("triton", op, arguments)
 
 
@@ -48,7 +50,9 @@ def on_cuda(op: Operator, arguments: Arguments) -> Any:
     launched = functools.partial(_launch, "cuda")
     with without_autocast(arguments[op.main].device):
         arguments = with_project(arguments) if op.bins else arguments
-        if "reduction" in arguments:
+        if op.known_to_gpus is not None:
+            arguments = op.known_to_gpus(arguments)
+        if op.reduced:
             return _reduced(launched, op, arguments)
         return launched(op, arguments)
 

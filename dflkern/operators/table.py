@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import reference
 from ..box_problem import BoxProblem, describe_boxes
+from ..geometry import column
 from ..problem import Problem, compute_dtype, describe_besides, describe_tensor
 
 Arguments = dict[str, Any]
@@ -61,6 +62,10 @@ class Operator:
             `_cpu_<name>_keep`, whose last results they are, and `_cpu_<name>_backward_kept`.
         condensed: for GPU kernels, from the arguments: memory that the forward fills beside its
             results, and which arguments the gradient gets in place of those given.
+        known_to_gpus: the arguments that GPU kernels know, made of those given by PyTorch.
+        limits: which backends cannot serve these arguments, and why not, where that is not known
+            from `problem`.
+        reduced: whether PyTorch's operations weight and reduce the results of kernels that do not.
         parts: for each result, the operator that has it alone: its gradient serves where only that
             upstream gradient is given. Without parts, all are given.
         main: the name of the first tensor; in a gradient, of the operator's first.
@@ -86,6 +91,9 @@ class Operator:
     backward: Callable[..., Tensor] | None = None
     saved_on_cpu: tuple[str, ...] = ()
     condensed: Callable[[Arguments], tuple[Arguments, Arguments]] | None = None
+    known_to_gpus: Callable[[Arguments], Arguments] | None = None
+    limits: Callable[[Mapping[str, Any]], dict[str, str]] | None = None
+    reduced: bool = False
     parts: tuple[Operator, ...] = ()
     main: str = ""
     is_gradient: bool = False
@@ -118,6 +126,9 @@ class Operator:
                 problem=self.problem,
                 bins=self.bins,
                 kernels=self.kernels,
+                known_to_gpus=self.known_to_gpus,
+                limits=self.limits,
+                reduced=self.reduced,
                 main=tensors[0],
                 is_gradient=True,
                 rows=self.rows,
@@ -165,6 +176,35 @@ def _boxes(arguments: Mapping[str, Any]) -> BoxProblem:
     )  # fmt: skip
 
 
+def _target_boxes(arguments: Mapping[str, Any]) -> BoxProblem:
+    """With what box_loss's kernels get in place of matched and stride."""
+    given = (arguments.get(name) is not None for name in ("foreground", "matched"))
+    foreground = True if any(given) else None
+    return _boxes({**arguments, "foreground": foreground, "stride": None})
+
+
+def _with_boxes_of_anchors(arguments: Arguments) -> Arguments:
+    """A target box in cells for each anchor, and a mask, in place of matched and stride."""
+    matched, stride, boxes = (arguments[name] for name in ("matched", "stride", "target_boxes"))
+    if matched is None and stride is None:
+        return arguments
+    boxes, foreground = boxes.to(compute_dtype(arguments["logits"].dtype)), arguments["foreground"]
+    if matched is not None:
+        boxes, foreground = reference.boxes_of_objects(boxes, matched)
+    if stride is not None:
+        boxes = boxes / column(stride).to(boxes.dtype)
+    return {
+        **arguments, "target_boxes": boxes, "foreground": foreground, "matched": None,
+        "stride": None,
+    }  # fmt: skip
+
+
+def _box_loss_limits(arguments: Mapping[str, Any]) -> dict[str, str]:
+    if arguments["reduction"] == "sum":
+        return {}
+    return dict.fromkeys(("triton", "cuda"), 'it has no kernel of box_loss with reduction="none"')
+
+
 def _has_project(arguments: Mapping[str, Any]) -> bool:
     return arguments["project"] is not None or arguments.get("positions") is not None
 
@@ -181,6 +221,10 @@ def _reduced(*, logits: Tensor, dim: int, reduction: str, **others: Any) -> tupl
     if reduction == "side_mean":
         return shape[: dim - 1] + shape[dim + 1 :]
     return shape[:dim] + shape[dim + 1 :]
+
+
+def _of_anchors(*, weight: Tensor, reduction: str, **others: Any) -> tuple[int, ...]:
+    return weight.shape[:2] if reduction == "none" else ()
 
 
 def _with_anchor_weights(arguments: Arguments) -> tuple[Arguments, Arguments]:
@@ -215,6 +259,7 @@ DFL_LOSS = Operator(
     problem=_distributions,
     rows=True,
     shape=_reduced,
+    reduced=True,
 )
 DFL_DECODE = Operator(
     name="dfl_decode",
@@ -254,25 +299,25 @@ DECODE_BOXES = Operator(
 )
 BOX_LOSS = Operator(
     name="box_loss",
-    tensors=("logits", "anchor_points", "target_boxes", "weight", "normalizer", "foreground?"),
-    settings=(MARGIN, Setting("iou", "str")),
+    tensors=(
+        "logits", "anchor_points", "target_boxes", "weight", "normalizer?", "foreground?",
+        "matched?", "stride?",
+    ),
+    settings=(MARGIN, Setting("iou", "str"), Setting("reduction", "str")),
     results=("iou_loss", "dfl_loss"),
     saved=(
-        "logits",
-        "anchor_points",
-        "target_boxes",
-        "weight",
-        "normalizer",
-        "foreground",
-        "project",
+        "logits", "anchor_points", "target_boxes", "weight", "normalizer", "foreground", "matched",
+        "stride", "project",
     ),
     forward=reference.box_loss,
     backward=reference.box_loss_backward,
-    problem=_boxes,
-    shape=_scalar,
+    problem=_target_boxes,
+    shape=_of_anchors,
     saved_on_cpu=("logits", "anchor_points", "normalizer", "candidates", "kept", "project"),
     condensed=_with_anchor_weights,
-)
+    known_to_gpus=_with_boxes_of_anchors,
+    limits=_box_loss_limits,
+)  # fmt: skip
 CLASS_LOSS = Operator(
     name="class_loss",
     tensors=("class_logits", "matched", "score", "gt_labels", "normalizer", "class_weight?"),

@@ -4,7 +4,13 @@ Each function has the parameters of its record in `operators.table`, by name and
 """
 
 from .assigner import task_aligned_assign
-from .boxes import box_loss, box_loss_backward, decode_boxes, decode_boxes_backward
+from .boxes import (
+    box_loss,
+    box_loss_backward,
+    boxes_of_objects,
+    decode_boxes,
+    decode_boxes_backward,
+)
 from .classes import class_loss, class_loss_backward
 from .distances import distance_loss, distance_loss_backward
 from .distributions import (
@@ -19,6 +25,7 @@ from .distributions import (
 __all__ = [
     "box_loss",
     "box_loss_backward",
+    "boxes_of_objects",
     "class_loss",
     "class_loss_backward",
     "decode_boxes",

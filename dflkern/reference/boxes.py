@@ -69,27 +69,31 @@ def box_loss(
     anchor_points: Tensor,
     target_boxes: Tensor,
     weight: Tensor,
-    normalizer: Tensor,
+    normalizer: Tensor | None,
     foreground: Tensor | None,
+    matched: Tensor | None,
+    stride: Tensor | None,
     project: Tensor | None,
     dim: int,
     margin: float,
     iou: str,
+    reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """Σ w (1 − IoU) / normalizer and Σ w mean(DFL over sides) / normalizer over the foreground.
+    """W (1 − IoU) and w mean(DFL over sides) of each anchor, or Σ of them / normalizer.
 
-    Whatever stands in the logits, boxes and weights of other anchors is replaced before it is used,
-    so that a NaN there can reach neither the sums nor, as 0·NaN, the gradient.
+    Whatever stands in the logits, boxes and weights of background anchors is replaced before it is
+    used, so that a NaN there can reach neither the sums nor, as 0·NaN, the gradient.
     """
     step = _box_step(
-        logits, anchor_points, target_boxes, weight, normalizer, foreground, project, dim
-    )
+        logits, anchor_points, target_boxes, weight, normalizer, foreground, matched, stride,
+        project, dim,
+    )  # fmt: skip
     overlap = paired_box_iou(step.boxes, step.target_boxes, iou)
     loss = _sides_last(loss_of_each(step.logits, step.target, project, dim, margin), dim).mean(-1)
-    return (
-        total(weighted(step.weight, 1 - overlap)) / step.normalizer,
-        total(weighted(step.weight, loss)) / step.normalizer,
-    )
+    iou_loss, dfl_loss = weighted(step.weight, 1 - overlap), weighted(step.weight, loss)
+    if reduction == "none":
+        return iou_loss, dfl_loss
+    return total(iou_loss) / step.normalizer, total(dfl_loss) / step.normalizer
 
 
 def box_loss_backward(
@@ -99,17 +103,24 @@ def box_loss_backward(
     anchor_points: Tensor,
     target_boxes: Tensor,
     weight: Tensor,
-    normalizer: Tensor,
+    normalizer: Tensor | None,
     foreground: Tensor | None,
+    matched: Tensor | None,
+    stride: Tensor | None,
     project: Tensor | None,
     dim: int,
     margin: float,
     iou: str,
+    reduction: str,
 ) -> Tensor:
     """The gradient a·(p − y) + b·p·(W − E): a from DFL, b from the IoU through the box's side."""
     step = _box_step(
-        logits, anchor_points, target_boxes, weight, normalizer, foreground, project, dim
-    )
+        logits, anchor_points, target_boxes, weight, normalizer, foreground, matched, stride,
+        project, dim,
+    )  # fmt: skip
+    if reduction == "none":
+        grad_iou = torch.where(step.foreground, grad_iou, 0).unsqueeze(-1)
+        grad_dfl = torch.where(step.foreground, grad_dfl, 0).unsqueeze(-1)
     scale = (step.weight / step.normalizer).unsqueeze(-1)
     grad_boxes = -grad_iou * scale * paired_box_iou_gradient(step.boxes, step.target_boxes, iou)
     first, second = grad_boxes.chunk(2, -1)
@@ -120,13 +131,13 @@ def box_loss_backward(
     gradient = dfl_loss_and_decode_backward(
         grad_loss, grad_position, step.logits, step.target, project, dim, margin
     )
-    return torch.where(step.active, gradient, 0).to(logits.dtype)
+    return torch.where(_with_bins(step.foreground, dim), gradient, 0).to(logits.dtype)
 
 
 class _BoxStep(NamedTuple):
     """What box_loss and its backward have in common, all of it harmless off the foreground."""
 
-    active: Tensor  # broadcasts to the logits
+    foreground: Tensor  # (B, A), without anchors of weight 0
     weight: Tensor
     normalizer: Tensor
     logits: Tensor
@@ -140,8 +151,10 @@ def _box_step(
     anchor_points: Tensor,
     target_boxes: Tensor,
     weight: Tensor,
-    normalizer: Tensor,
+    normalizer: Tensor | None,
     foreground: Tensor | None,
+    matched: Tensor | None,
+    stride: Tensor | None,
     project: Tensor | None,
     dim: int,
 ) -> _BoxStep:
@@ -152,20 +165,39 @@ def _box_step(
     active = weight != 0
     if foreground is not None:
         active = active & (foreground.view(torch.uint8) != 0)  # a bool may be any byte
-    everywhere = active[:, None, None, :] if dim == 2 else active[:, :, None, None]
-    logits = torch.where(everywhere, logits.to(dtype), 0)
-    target_boxes = torch.where(active.unsqueeze(-1), target_boxes.to(dtype), 0)
+    target_boxes = target_boxes.to(dtype)
+    if matched is not None:
+        target_boxes, exists = boxes_of_objects(target_boxes, matched)
+        active = active & exists
+    if stride is not None:
+        target_boxes = target_boxes / column(stride).to(dtype)
+    logits = torch.where(_with_bins(active, dim), logits.to(dtype), 0)
+    target_boxes = torch.where(active.unsqueeze(-1), target_boxes, 0)
     anchor_points = torch.where(active.unsqueeze(-1), anchor_points.to(dtype), 0)
     target = bbox2dist(anchor_points, target_boxes)
+    divisor = 1 if normalizer is None else normalizer.to(dtype)
     return _BoxStep(
-        everywhere,
+        active,
         torch.where(active, weight, 0),
-        torch.where(active.any(), normalizer.to(dtype), 1),
+        torch.where(active.any(), divisor, 1),
         logits,
         target_boxes,
         target.transpose(1, 2) if dim == 2 else target,
         dist2bbox(_sides_last(dfl_decode(logits, project, dim), dim), anchor_points),
     )
+
+
+def boxes_of_objects(boxes: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
+    """The box of each anchor's object, and whether there is one: 0 ≤ matched < len(boxes)."""
+    exists = (matched >= 0) & (matched < len(boxes))
+    if not len(boxes):
+        return boxes.new_zeros(*matched.shape, 4), exists
+    return boxes[torch.where(exists, matched, 0).long()], exists
+
+
+def _with_bins(anchors: Tensor, dim: int) -> Tensor:
+    """(B, A) in a shape that broadcasts to the logits."""
+    return anchors[:, None, None, :] if dim == 2 else anchors[:, :, None, None]
 
 
 def _sides_last(values: Tensor, dim: int) -> Tensor:

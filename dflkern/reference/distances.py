@@ -11,6 +11,7 @@ from torch import Tensor
 from ..geometry import bbox2dist, column, dist2bbox
 from ..iou import paired_box_iou, paired_box_iou_gradient
 from ..problem import compute_dtype
+from .boxes import boxes_of_objects
 from .distributions import weighted
 from .reductions import total
 
@@ -126,14 +127,6 @@ def _distance_step(
         target_boxes,
         torch.where(each, size, 0),
     )
-
-
-def boxes_of_objects(boxes: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
-    """The box of each anchor's object, and whether there is one: 0 ≤ matched < len(boxes)."""
-    exists = (matched >= 0) & (matched < len(boxes))
-    if not len(boxes):
-        return boxes.new_zeros(*matched.shape, 4), exists
-    return boxes[torch.where(exists, matched, 0).long()], exists
 
 
 def _sides_last(values: Tensor, dim: int) -> Tensor:

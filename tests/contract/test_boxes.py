@@ -223,7 +223,7 @@ def test_ciou_gradients_equal_those_of_the_reference_by_autograd():
     leaf = logits.requires_grad_()
     arguments = (anchors, boxes, weight, torch.tensor(2.0), foreground)
     fused = dflkern.box_loss(leaf, *arguments[:-1], foreground=foreground)
-    plain = reference.box_loss(leaf, *arguments, None, 3, 0.01, "ciou")
+    plain = reference.box_loss(leaf, *arguments, None, None, None, 3, 0.01, "ciou", "sum")
     results = []
     for losses in (fused, plain):
         (first,) = torch.autograd.grad(losses[0] * 2 + losses[1], leaf, create_graph=True)

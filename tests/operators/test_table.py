@@ -28,8 +28,9 @@ DISTANCE_LOSS = (
     "float[] image_size, str iou, str backend"
 )
 BOX_LOSS = (
-    "Tensor logits, Tensor anchor_points, Tensor target_boxes, Tensor weight, Tensor normalizer, "
-    f"Tensor? foreground, {POSITIONS}, float margin, str iou, str backend"
+    "Tensor logits, Tensor anchor_points, Tensor target_boxes, Tensor weight, Tensor? normalizer, "
+    "Tensor? foreground, Tensor? matched, Tensor? stride, "
+    f"{POSITIONS}, float margin, str iou, str reduction, str backend"
 )
 SCHEMAS = [
     f"dfl_loss({LOSS}, {POSITIONS}, float margin, str reduction, str backend) -> Tensor",
@@ -97,7 +98,7 @@ def test_the_cpp_operator_takes_the_records_names(op, name):
     names = [argument.name for argument in found.arguments]
     absent = {"positions", "backend"}
     if name == "box_loss_backward_kept":
-        absent |= {"target_boxes", "weight", "foreground"}
+        absent |= {"target_boxes", "weight", "foreground", "matched", "stride"}
         names = [each for each in names if each not in ("candidates", "kept")]
     assert names == [each for each in op.names if each not in absent]
 
