@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 import dflkern
 import emulation
 from dflkern.cpu import library as cpu_library
-from dflkern.gpu.cuda import library as cuda_library
+from dflkern.gpu.cuda import loading as cuda
 from dflkern.operators import modes
 
 # A job that a shell runs in the background ignores Ctrl-C, and so would the processes of tests.
@@ -100,8 +100,8 @@ def _use(monkeypatch, name, device, way="eager"):
         pytest.skip("Triton's interpreter is off: TRITON_INTERPRET=1 was not set")
     if name == "cpu" and not cpu_library.load():
         pytest.skip(f"no CPU library: {cpu_library.describe()}")
-    if name == "cuda" and not cuda_library.load():
-        pytest.skip(f"no CUDA library: {cuda_library.describe()}")
+    if name == "cuda" and (reasons := cuda.refusals()):
+        pytest.skip(f"no CUDA kernels: {reasons[0]}")
     monkeypatch.setattr(modes, "FAST_PATH", way == "eager")
     with dflkern.use_backend(name):
         yield name, device

@@ -15,12 +15,18 @@
 
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // NVRTC, which has no standard headers
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#define DFL_INLINE __device__ __forceinline__
+#else
+#include <cmath>
 #include <cstdint>
 #include <cstring>
-
-#if defined(__CUDACC__)
-#define DFL_INLINE __host__ __device__ __forceinline__
-#else
 #define DFL_INLINE __attribute__((always_inline)) inline
 #endif
 
@@ -41,11 +47,11 @@ struct ScalarLanes {
 };
 template <>
 struct Lanes<float> : ScalarLanes<float, int32_t, uint32_t> {
-  static DFL_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  static DFL_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 };
 template <>
 struct Lanes<double> : ScalarLanes<double, int64_t, uint64_t> {
-  static DFL_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+  static DFL_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
 };
 
 template <class V>
@@ -75,7 +81,7 @@ template <class To, class From>
 DFL_INLINE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");
   To to;
-  std::memcpy(&to, &from, sizeof(to));
+  memcpy(&to, &from, sizeof(to));
   return to;
 }
 

@@ -3,8 +3,6 @@
 
 #pragma once
 
-#include <cmath>
-
 #include "dfl_math.h"
 
 namespace dflkern {

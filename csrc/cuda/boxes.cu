@@ -6,11 +6,9 @@
 // order.
 
 #include "boxes.cuh"
-#include "box_entries.cuh"
 #include "common/iou.h"
 
 namespace dflkern {
-namespace {
 
 constexpr int kSides = 4;
 
@@ -42,7 +40,14 @@ __device__ __forceinline__ Box<F> around(const Anchor<F>& anchor, const F (&dist
 }
 
 template <class T, int K>
-__device__ __forceinline__ void decode_forward(DFL_DECODE_FORWARD(T)) {
+__global__ void __launch_bounds__(kThreads)
+    boxes_decode_forward(const T* __restrict__ logits, const Compute<T>* __restrict__ anchor_points,
+                         const Compute<T>* __restrict__ stride,
+                         const Compute<T>* __restrict__ project, Compute<T>* __restrict__ boxes,
+                         Compute<T> bound, int64_t n, int64_t bins, int64_t granules,
+                         int64_t batch_stride, int64_t anchor_stride, int64_t side_stride,
+                         int64_t bin_stride, int64_t cxcywh, int64_t box_batch_stride,
+                         int64_t box_anchor_stride, int64_t box_side_stride) {
   using F = Compute<T>;
   const int64_t anchor = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (anchor >= n) return;
@@ -55,7 +60,7 @@ __device__ __forceinline__ void decode_forward(DFL_DECODE_FORWARD(T)) {
   for (int s = 0; s < kSides; ++s) {
     distance[s] = measure_side<T, K, false>(logits + s * at.side, at, all, F(0)).expected;
   }
-  Box<F> box = around(anchor_at(points, anchor), distance);
+  Box<F> box = around(anchor_at(anchor_points, anchor), distance);
   if (cxcywh) {
     box = {(box.x1 + box.x2) * F(0.5), (box.y1 + box.y2) * F(0.5), box.x2 - box.x1,
            box.y2 - box.y1};
@@ -68,7 +73,16 @@ __device__ __forceinline__ void decode_forward(DFL_DECODE_FORWARD(T)) {
 }
 
 template <class T, int K>
-__device__ __forceinline__ void decode_backward(DFL_DECODE_BACKWARD(T)) {
+__global__ void __launch_bounds__(kThreads)
+    boxes_decode_backward(const T* __restrict__ logits, const Compute<T>* __restrict__ stride,
+                          const Compute<T>* __restrict__ project,
+                          const Compute<T>* __restrict__ grad_boxes, T* __restrict__ grad_logits,
+                          Compute<T> bound, int64_t n, int64_t bins, int64_t granules,
+                          int64_t batch_stride, int64_t anchor_stride, int64_t side_stride,
+                          int64_t bin_stride, int64_t cxcywh, int64_t box_batch_stride,
+                          int64_t box_anchor_stride, int64_t box_side_stride,
+                          int64_t grad_batch_stride, int64_t grad_anchor_stride,
+                          int64_t grad_side_stride, int64_t grad_bin_stride) {
   using F = Compute<T>;
   const int64_t anchor = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (anchor >= n) return;
@@ -96,7 +110,7 @@ __device__ __forceinline__ F sum_of(const void* weight, int64_t offset, int64_t 
                                     int64_t stride) {
   const W* from = static_cast<const W*>(weight) + offset;
   F sum = 0;
-  for (int64_t c = 0; c < classes; ++c) sum += static_cast<F>(widen(__ldg(from + c * stride)));
+  for (int64_t c = 0; c < classes; ++c) sum += static_cast<F>(widen(load(from + c * stride)));
   return sum;
 }
 
@@ -159,7 +173,16 @@ __device__ __forceinline__ F sum_of_block(F value) {
 }
 
 template <class T, int K>
-__device__ __forceinline__ void loss_forward(DFL_LOSS_FORWARD(T)) {
+__global__ void __launch_bounds__(kThreads)
+    boxes_loss_forward(const T* __restrict__ logits, const Compute<T>* __restrict__ anchor_points,
+                       const Compute<T>* __restrict__ target_boxes, const void* __restrict__ weight,
+                       const uint8_t* __restrict__ foreground,
+                       const Compute<T>* __restrict__ project, Compute<T>* __restrict__ partials,
+                       Compute<T>* __restrict__ anchor_weight, Compute<T> bound, int64_t n,
+                       int64_t bins, int64_t granules, int64_t batch_stride, int64_t anchor_stride,
+                       int64_t side_stride, int64_t bin_stride, int64_t iou, int64_t weight_type,
+                       int64_t classes, int64_t weight_batch_stride, int64_t weight_anchor_stride,
+                       int64_t weight_class_stride, int64_t programs) {
   using F = Compute<T>;
   const int64_t anchor = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t index = blockIdx.y * n + anchor;
@@ -173,15 +196,15 @@ __device__ __forceinline__ void loss_forward(DFL_LOSS_FORWARD(T)) {
   if (weight_here != 0) {
     const SideStrides at{static_cast<int>(bins), bin_stride, side_stride, granules != 0};
     const auto all = bins_of(K ? K : at.bins, project, bound);
-    const Anchor<F> point = anchor_at(points, anchor);
+    const Anchor<F> point = anchor_at(anchor_points, anchor);
     const Box<F> wanted = box_at(target_boxes, index);
     const F edges[kSides] = {wanted.x1, wanted.y1, wanted.x2, wanted.y2};
     logits += blockIdx.y * batch_stride + anchor * anchor_stride;
     F distance[kSides], dfl = 0;
 #pragma unroll
     for (int s = 0; s < kSides; ++s) {
-      const auto side = measure_side<T, K, true>(logits + s * at.side, at, all,
-                                                 point.to(s, edges[s]));
+      const auto side =
+          measure_side<T, K, true>(logits + s * at.side, at, all, point.to(s, edges[s]));
       distance[s] = side.expected;
       dfl += side.loss;
     }
@@ -198,8 +221,9 @@ __device__ __forceinline__ void loss_forward(DFL_LOSS_FORWARD(T)) {
 }
 
 template <class F>
-__device__ __forceinline__ void loss_sums(const F* partials, const F* normalizer, F* iou_loss,
-                                          F* dfl_loss, int64_t programs) {
+__global__ void __launch_bounds__(kThreads)
+    boxes_loss_sums(const F* __restrict__ partials, const F* __restrict__ normalizer,
+                    F* __restrict__ iou_loss, F* __restrict__ dfl_loss, F bound, int64_t programs) {
   F sums[3] = {};
   for (int64_t i = threadIdx.x; i < programs; i += kThreads) {
 #pragma unroll
@@ -213,7 +237,17 @@ __device__ __forceinline__ void loss_sums(const F* partials, const F* normalizer
 }
 
 template <class T, int K>
-__device__ __forceinline__ void loss_backward(DFL_LOSS_BACKWARD(T)) {
+__global__ void __launch_bounds__(kThreads) boxes_loss_backward(
+    const T* __restrict__ logits, const Compute<T>* __restrict__ anchor_points,
+    const Compute<T>* __restrict__ target_boxes, const void* __restrict__ weight,
+    const uint8_t* __restrict__ foreground, const Compute<T>* __restrict__ project,
+    const Compute<T>* __restrict__ normalizer, const Compute<T>* __restrict__ grad_iou,
+    const Compute<T>* __restrict__ grad_dfl, T* __restrict__ grad_logits, Compute<T> bound,
+    int64_t n, int64_t bins, int64_t granules, int64_t batch_stride, int64_t anchor_stride,
+    int64_t side_stride, int64_t bin_stride, int64_t iou, int64_t weight_type, int64_t classes,
+    int64_t weight_batch_stride, int64_t weight_anchor_stride, int64_t weight_class_stride,
+    int64_t grad_batch_stride, int64_t grad_anchor_stride, int64_t grad_side_stride,
+    int64_t grad_bin_stride) {
   using F = Compute<T>;
   const int64_t anchor = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (anchor >= n) return;
@@ -230,7 +264,7 @@ __device__ __forceinline__ void loss_backward(DFL_LOSS_BACKWARD(T)) {
   grad_logits += blockIdx.y * grad_batch_stride + anchor * grad_anchor_stride;
   F targets[kSides] = {}, by_position[kSides] = {}, by_loss = 0;
   if (active) {
-    const Anchor<F> point = anchor_at(points, anchor);
+    const Anchor<F> point = anchor_at(anchor_points, anchor);
     const Box<F> wanted = box_at(target_boxes, index);
     const F edges[kSides] = {wanted.x1, wanted.y1, wanted.x2, wanted.y2};
     F distance[kSides];
@@ -255,38 +289,4 @@ __device__ __forceinline__ void loss_backward(DFL_LOSS_BACKWARD(T)) {
   }
 }
 
-}  // namespace
 }  // namespace dflkern
-
-using namespace dflkern;
-
-#define DFL_BOX_NAME(what, direction, k) DFL_NAME(boxes, what, direction, k)
-#define DFL_DEFINE(k)                                                                      \
-  DFL_ENTRY_POINT DFL_BOX_NAME(decode, forward, k)(DFL_DECODE_FORWARD(DFL_ELEMENT)) {      \
-    decode_forward<DFL_ELEMENT, k>(DFL_DECODE_FORWARD_VALUES);                             \
-  }                                                                                        \
-  DFL_ENTRY_POINT DFL_BOX_NAME(decode, backward, k)(DFL_DECODE_BACKWARD(DFL_ELEMENT)) {    \
-    decode_backward<DFL_ELEMENT, k>(DFL_DECODE_BACKWARD_VALUES);                           \
-  }                                                                                        \
-  DFL_ENTRY_POINT DFL_BOX_NAME(loss, forward, k)(DFL_LOSS_FORWARD(DFL_ELEMENT)) {          \
-    loss_forward<DFL_ELEMENT, k>(DFL_LOSS_FORWARD_VALUES);                                 \
-  }                                                                                        \
-  DFL_ENTRY_POINT DFL_BOX_NAME(loss, backward, k)(DFL_LOSS_BACKWARD(DFL_ELEMENT)) {        \
-    loss_backward<DFL_ELEMENT, k>(DFL_LOSS_BACKWARD_VALUES);                               \
-  }
-DFL_EACH_BOX_BINS(DFL_DEFINE)
-
-DFL_ENTRY_POINT DFL_BOX_NAME(sums, forward, 0)(const Compute<DFL_ELEMENT>* __restrict__ partials,
-                                               const Compute<DFL_ELEMENT>* __restrict__ normalizer,
-                                               Compute<DFL_ELEMENT>* __restrict__ iou_loss,
-                                               Compute<DFL_ELEMENT>* __restrict__ dfl_loss,
-                                               Compute<DFL_ELEMENT>, int64_t programs) {
-  loss_sums(partials, normalizer, iou_loss, dfl_loss, programs);
-}
-
-#define DFL_ENTRIES(k)                                                      \
-  DFL_ENTRY(DFL_BOX_NAME(decode, forward, k), 5, kDecodeForwardNumbers)     \
-  DFL_ENTRY(DFL_BOX_NAME(decode, backward, k), 5, kDecodeBackwardNumbers)   \
-  DFL_ENTRY(DFL_BOX_NAME(loss, forward, k), 8, kLossForwardNumbers)         \
-  DFL_ENTRY(DFL_BOX_NAME(loss, backward, k), 10, kLossBackwardNumbers)
-DFL_TABLE(boxes, DFL_EACH_BOX_BINS(DFL_ENTRIES) DFL_ENTRY(DFL_BOX_NAME(sums, forward, 0), 4, 1))

@@ -15,25 +15,16 @@ struct SideStrides {
   bool granules;
 };
 
-template <class T>
-union SideGranule {
-  static constexpr int kLanes = 16 / sizeof(T);
-  uint4 all;
-  T element[kLanes];
-  __device__ SideGranule() {}
-};
-
 // K bins in registers.
 template <class T, int K>
 struct SideRow : RegisterRow<Compute<T>, K> {
   __device__ __forceinline__ SideRow(const T* from, const SideStrides& at) {
-    using G = SideGranule<T>;
+    using G = Packed<T, 16>;
     if constexpr (K % G::kLanes == 0) {
       if (at.granules) {
 #pragma unroll
         for (int g = 0; g < K / G::kLanes; ++g) {
-          G granule;
-          granule.all = __ldg(reinterpret_cast<const uint4*>(from) + g);
+          const G granule(__ldg(reinterpret_cast<const uint4*>(from) + g));
 #pragma unroll
           for (int i = 0; i < G::kLanes; ++i) {
             this->bin[g * G::kLanes + i] = widen(granule.element[i]);
@@ -43,7 +34,7 @@ struct SideRow : RegisterRow<Compute<T>, K> {
       }
     }
 #pragma unroll
-    for (int k = 0; k < K; ++k) this->bin[k] = widen(__ldg(from + k * at.bin));
+    for (int k = 0; k < K; ++k) this->bin[k] = widen(load(from + k * at.bin));
   }
 };
 
@@ -58,7 +49,7 @@ struct SideRow<T, 0> {
   __device__ __forceinline__ SideRow(const T* from, const SideStrides& at)
       : from(from), stride(at.bin), bins(at.bins) {}
   __device__ __forceinline__ int size() const { return bins; }
-  __device__ __forceinline__ F get(int k) const { return widen(__ldg(from + k * stride)); }
+  __device__ __forceinline__ F get(int k) const { return widen(load(from + k * stride)); }
   __device__ __forceinline__ void set(int, F) const {}
   __device__ __forceinline__ F exponential(int k, F largest) const {
     return Unit<F>::exp(shifted(get(k), largest));
@@ -97,7 +88,7 @@ __device__ __forceinline__ void write_side(const T* logits, const SideStrides& a
                                            bool active, Compute<T> target, Compute<T> by_loss,
                                            Compute<T> by_position) {
   using F = Compute<T>;
-  using G = SideGranule<T>;
+  using G = Packed<T, 16>;
   const auto bin_gradient = [&](F e, const Slope<F>& slope, const TwoBins<F>& y, int k, F number) {
     F taken = 0;
     if (kLoss) {
@@ -128,7 +119,7 @@ __device__ __forceinline__ void write_side(const T* logits, const SideStrides& a
             granule.element[i] = narrow<T>(values[g * G::kLanes + i]);
           }
           // An intrinsic, as the compiler makes two stores of an assignment
-          __stwb(reinterpret_cast<uint4*>(gradient) + g, granule.all);
+          __stwb(reinterpret_cast<uint4*>(gradient) + g, granule.word);
         }
         return;
       }

@@ -4,15 +4,8 @@
 // columns2 needs pairs: axis strides of 1, all others and n even, the logits aligned to a pair.
 
 #include "distribution.cuh"
-#include "entries.cuh"
 
 namespace dflkern {
-
-__device__ __forceinline__ __half2 pair_of(fp16 x, fp16 y) { return {x, y}; }
-__device__ __forceinline__ __nv_bfloat162 pair_of(bf16 x, bf16 y) { return {x, y}; }
-__device__ __forceinline__ float2 pair_of(float x, float y) { return make_float2(x, y); }
-
-namespace {
 
 // kWidth neighbouring elements.
 template <class T, int kWidth>
@@ -21,7 +14,7 @@ struct Neighbours;
 template <class T>
 struct Neighbours<T, 1> {
   static __device__ __forceinline__ void load(const T* from, Compute<T> (&to)[1]) {
-    to[0] = widen(__ldg(from));
+    to[0] = widen(dflkern::load(from));
   }
   static __device__ __forceinline__ void store(T* to, const Compute<T> (&from)[1]) {
     *to = narrow<T>(from[0]);
@@ -30,15 +23,19 @@ struct Neighbours<T, 1> {
 
 template <class T>
 struct Neighbours<T, 2> {
-  using Pair = decltype(pair_of(T(), T()));
+  using Pair = Packed<T, 2 * sizeof(T)>;
+  using Word = typename Pair::Word;
   static __device__ __forceinline__ void load(const T* from, Compute<T> (&to)[2]) {
-    const Pair pair = __ldg(reinterpret_cast<const Pair*>(from));
-    to[0] = widen(pair.x);
-    to[1] = widen(pair.y);
+    const Pair pair(__ldg(reinterpret_cast<const Word*>(from)));
+    to[0] = widen(pair.element[0]);
+    to[1] = widen(pair.element[1]);
   }
   static __device__ __forceinline__ void store(T* to, const Compute<T> (&from)[2]) {
+    Pair pair;
+    pair.element[0] = narrow<T>(from[0]);
+    pair.element[1] = narrow<T>(from[1]);
     // An intrinsic, as the compiler makes two stores of an assignment
-    __stwb(reinterpret_cast<Pair*>(to), pair_of(narrow<T>(from[0]), narrow<T>(from[1])));
+    __stwb(reinterpret_cast<Word*>(to), pair.word);
   }
 };
 
@@ -55,7 +52,13 @@ __device__ __forceinline__ void read(RegisterRow<Compute<T>, K> (&rows)[kWidth],
 }
 
 template <class T, int K, What what, int kWidth>
-__device__ __forceinline__ void forward(DFL_FORWARD_POINTERS(T), DFL_AXES) {
+__global__ void __launch_bounds__(kThreads)
+    columns_forward(const T* __restrict__ logits, const Compute<T>* __restrict__ target,
+                    const Compute<T>* __restrict__ project, Compute<T>* __restrict__ loss,
+                    Compute<T>* __restrict__ position, Compute<T> bound, int64_t n,
+                    int64_t bin_stride, int64_t axis_stride, int64_t middle_stride,
+                    int64_t outer_stride, int64_t axis_output_stride, int64_t middle_output_stride,
+                    int64_t outer_output_stride) {
   using F = Compute<T>;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
   if (i >= n) return;
@@ -89,7 +92,16 @@ __device__ __forceinline__ void forward(DFL_FORWARD_POINTERS(T), DFL_AXES) {
 }
 
 template <class T, int K, What what, int kWidth>
-__device__ __forceinline__ void backward(DFL_BACKWARD_POINTERS(T), DFL_GRAD_AXES) {
+__global__ void __launch_bounds__(kThreads)
+    columns_backward(const T* __restrict__ logits, const Compute<T>* __restrict__ target,
+                     const Compute<T>* __restrict__ project,
+                     const Compute<T>* __restrict__ grad_loss,
+                     const Compute<T>* __restrict__ grad_position, T* __restrict__ grad_logits,
+                     Compute<T> bound, int64_t n, int64_t bin_stride, int64_t axis_stride,
+                     int64_t middle_stride, int64_t outer_stride, int64_t axis_output_stride,
+                     int64_t middle_output_stride, int64_t outer_output_stride,
+                     int64_t grad_bin_stride, int64_t axis_grad_stride, int64_t middle_grad_stride,
+                     int64_t outer_grad_stride) {
   using F = Compute<T>;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
   if (i >= n) return;
@@ -136,28 +148,4 @@ __device__ __forceinline__ void backward(DFL_BACKWARD_POINTERS(T), DFL_GRAD_AXES
   }
 }
 
-}  // namespace
 }  // namespace dflkern
-
-using namespace dflkern;
-
-#define DFL_WIDTH_columns1 1
-#define DFL_WIDTH_columns2 2
-#define DFL_DEFINE(structure, what, k)                                                        \
-  DFL_ENTRY_POINT DFL_NAME(structure, what, forward, k)(DFL_FORWARD_POINTERS(DFL_ELEMENT),    \
-                                                        DFL_AXES) {                           \
-    forward<DFL_ELEMENT, k, What::what, DFL_WIDTH_##structure>(DFL_FORWARD_VALUES,            \
-                                                               DFL_AXES_VALUES);              \
-  }                                                                                           \
-  DFL_ENTRY_POINT DFL_NAME(structure, what, backward, k)(DFL_BACKWARD_POINTERS(DFL_ELEMENT),  \
-                                                         DFL_GRAD_AXES) {                     \
-    backward<DFL_ELEMENT, k, What::what, DFL_WIDTH_##structure>(DFL_BACKWARD_VALUES,          \
-                                                                DFL_GRAD_AXES_VALUES);        \
-  }
-DFL_EACH(DFL_DEFINE, columns1)
-DFL_EACH_PAIR(DFL_DEFINE)
-
-#define DFL_ENTRIES(structure, what, k)                                           \
-  DFL_FORWARD_ENTRY(DFL_NAME(structure, what, forward, k), kAxesNumbers)          \
-  DFL_BACKWARD_ENTRY(DFL_NAME(structure, what, backward, k), kGradAxesNumbers)
-DFL_TABLE(columns, DFL_EACH(DFL_ENTRIES, columns1) DFL_EACH_PAIR(DFL_ENTRIES))

@@ -1,52 +1,13 @@
-// One distribution in one thread: stored elements, exponentials, sums, loss and gradient.
+// One distribution in one thread: exponentials, sums, loss and gradient.
 //
 // Every multiply-add is written as fma and the compiler may fuse no other (-fmad=false), and bins
 // are added in their order: all kernels give a distribution the same bits.
 
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "common/dfl_math.h"
-#include "kernels.cuh"
+#include "elements.cuh"
 
 namespace dflkern {
-
-using fp16 = __half;
-using bf16 = __nv_bfloat16;
-using fp32 = float;
-using fp64 = double;
-
-template <class T>
-struct StoredAs {
-  using Compute = float;
-};
-template <>
-struct StoredAs<double> {
-  using Compute = double;
-};
-// The type of the arithmetic, of targets and of results.
-template <class T>
-using Compute = typename StoredAs<T>::Compute;
-
-__device__ __forceinline__ float widen(fp16 x) { return __half2float(x); }
-__device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-
-template <class T>
-__device__ __forceinline__ T narrow(Compute<T> x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ fp16 narrow<fp16>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ bf16 narrow<bf16>(float x) {
-  return __float2bfloat16_rn(x);
-}
 
 // exp and log in the unit that is cheapest: powers of two for float, for which there are
 // instructions, and natural ones for double.

@@ -7,10 +7,8 @@
 // The block is as small as shared memory demands; `rows` threads of it own a distribution.
 
 #include "distribution.cuh"
-#include "entries.cuh"
 
 namespace dflkern {
-namespace {
 
 enum class Layout { rows, columns };
 
@@ -77,20 +75,25 @@ __device__ __forceinline__ Block<F, layout> make_block(int64_t n, int64_t bins, 
 }
 
 template <class T, Layout layout>
-__device__ __forceinline__ void forward(DFL_FORWARD_POINTERS(T), int64_t bin_count, int64_t rows,
-                                        int64_t lanes_log2, DFL_AXES) {
+__global__ void __launch_bounds__(kThreads)
+    general_forward(const T* __restrict__ logits, const Compute<T>* __restrict__ target,
+                    const Compute<T>* __restrict__ project, Compute<T>* __restrict__ loss,
+                    Compute<T>* __restrict__ position, Compute<T> bound, int64_t bins, int64_t rows,
+                    int64_t lanes_log2, int64_t n, int64_t bin_stride, int64_t axis_stride,
+                    int64_t middle_stride, int64_t outer_stride, int64_t axis_output_stride,
+                    int64_t middle_output_stride, int64_t outer_output_stride) {
   using F = Compute<T>;
-  const auto block = make_block<F, layout>(n, bin_count, rows, lanes_log2);
+  const auto block = make_block<F, layout>(n, bins, rows, lanes_log2);
   const int thread = threadIdx.x;
   const int64_t first = blockIdx.x * rows;
-  const T* source = logits + first * axis_stride + blockIdx.y * middle_stride +
-                    blockIdx.z * outer_stride;
+  const T* source =
+      logits + first * axis_stride + blockIdx.y * middle_stride + blockIdx.z * outer_stride;
   block.each(axis_stride, bin_stride,
-             [&](F* slot, int64_t offset) { *slot = widen(__ldg(source + offset)); });
+             [&](F* slot, int64_t offset) { *slot = widen(load(source + offset)); });
   if (layout == Layout::rows) __syncthreads();
   if (thread >= block.live) return;
-  const int64_t place = (first + thread) * axis_output_stride +
-                        blockIdx.y * middle_output_stride + blockIdx.z * outer_output_stride;
+  const int64_t place = (first + thread) * axis_output_stride + blockIdx.y * middle_output_stride +
+                        blockIdx.z * outer_output_stride;
   auto row = block.row(thread);
   const auto softmax = exponentiate<false>(row, project, position != nullptr, [](int, F) {});
   if (target != nullptr) {
@@ -103,16 +106,24 @@ __device__ __forceinline__ void forward(DFL_FORWARD_POINTERS(T), int64_t bin_cou
 }
 
 template <class T, Layout layout>
-__device__ __forceinline__ void backward(DFL_BACKWARD_POINTERS(T), int64_t bin_count, int64_t rows,
-                                         int64_t lanes_log2, DFL_GRAD_AXES) {
+__global__ void __launch_bounds__(kThreads)
+    general_backward(const T* __restrict__ logits, const Compute<T>* __restrict__ target,
+                     const Compute<T>* __restrict__ project,
+                     const Compute<T>* __restrict__ grad_loss,
+                     const Compute<T>* __restrict__ grad_position, T* __restrict__ grad_logits,
+                     Compute<T> bound, int64_t bins, int64_t rows, int64_t lanes_log2, int64_t n,
+                     int64_t bin_stride, int64_t axis_stride, int64_t middle_stride,
+                     int64_t outer_stride, int64_t axis_output_stride, int64_t middle_output_stride,
+                     int64_t outer_output_stride, int64_t grad_bin_stride, int64_t axis_grad_stride,
+                     int64_t middle_grad_stride, int64_t outer_grad_stride) {
   using F = Compute<T>;
-  const auto block = make_block<F, layout>(n, bin_count, rows, lanes_log2);
+  const auto block = make_block<F, layout>(n, bins, rows, lanes_log2);
   const int thread = threadIdx.x;
   const int64_t first = blockIdx.x * rows;
-  const T* source = logits + first * axis_stride + blockIdx.y * middle_stride +
-                    blockIdx.z * outer_stride;
+  const T* source =
+      logits + first * axis_stride + blockIdx.y * middle_stride + blockIdx.z * outer_stride;
   block.each(axis_stride, bin_stride,
-             [&](F* slot, int64_t offset) { *slot = widen(__ldg(source + offset)); });
+             [&](F* slot, int64_t offset) { *slot = widen(load(source + offset)); });
   if (layout == Layout::rows) __syncthreads();
   if (thread < block.live) {
     const int64_t place = (first + thread) * axis_output_stride +
@@ -144,27 +155,4 @@ __device__ __forceinline__ void backward(DFL_BACKWARD_POINTERS(T), int64_t bin_c
              [&](F* slot, int64_t offset) { destination[offset] = narrow<T>(*slot); });
 }
 
-}  // namespace
 }  // namespace dflkern
-
-using namespace dflkern;
-
-#define DFL_BLOCK int64_t bins, int64_t rows, int64_t lanes_log2
-#define DFL_BLOCK_VALUES bins, rows, lanes_log2
-#define DFL_DEFINE(layout)                                                                        \
-  DFL_ENTRY_POINT DFL_GENERAL_NAME(layout, forward)(DFL_FORWARD_POINTERS(DFL_ELEMENT), DFL_BLOCK, \
-                                                    DFL_AXES) {                                   \
-    forward<DFL_ELEMENT, Layout::layout>(DFL_FORWARD_VALUES, DFL_BLOCK_VALUES, DFL_AXES_VALUES);  \
-  }                                                                                               \
-  DFL_ENTRY_POINT DFL_GENERAL_NAME(layout, backward)(DFL_BACKWARD_POINTERS(DFL_ELEMENT),          \
-                                                     DFL_BLOCK, DFL_GRAD_AXES) {                  \
-    backward<DFL_ELEMENT, Layout::layout>(DFL_BACKWARD_VALUES, DFL_BLOCK_VALUES,                  \
-                                          DFL_GRAD_AXES_VALUES);                                  \
-  }
-DFL_DEFINE(rows)
-DFL_DEFINE(columns)
-
-#define DFL_ENTRIES(layout)                                                        \
-  DFL_FORWARD_ENTRY(DFL_GENERAL_NAME(layout, forward), 3 + kAxesNumbers)           \
-  DFL_BACKWARD_ENTRY(DFL_GENERAL_NAME(layout, backward), 3 + kGradAxesNumbers)
-DFL_TABLE(general, DFL_ENTRIES(rows) DFL_ENTRIES(columns))

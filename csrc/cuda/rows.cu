@@ -6,10 +6,8 @@
 // memory instead of being searched among registers.
 
 #include "distribution.cuh"
-#include "entries.cuh"
 
 namespace dflkern {
-namespace {
 
 constexpr int kGranule = 16;  // bytes; 8 of them cover the 32 banks once
 
@@ -51,7 +49,7 @@ __device__ __forceinline__ void copy_in(uint4* stage, const T* source, int rows)
       [&](int g) {
         stage[Stage<T, K>::granule(g)] = __ldg(reinterpret_cast<const uint4*>(source) + g);
       },
-      [&](int i) { reinterpret_cast<T*>(stage)[i] = __ldg(source + i); });
+      [&](int i) { reinterpret_cast<T*>(stage)[i] = load(source + i); });
 }
 
 template <class T, int K>
@@ -62,13 +60,6 @@ __device__ __forceinline__ void copy_out(T* destination, const uint4* stage, int
       [&](int i) { destination[i] = reinterpret_cast<const T*>(stage)[i]; });
 }
 
-template <class T>
-union Granule {
-  uint4 all;
-  T element[kGranule / sizeof(T)];
-  __device__ Granule() {}
-};
-
 template <class T, int K>
 __device__ __forceinline__ RegisterRow<Compute<T>, K> read(const T* row) {
   using S = Stage<T, K>;
@@ -76,8 +67,7 @@ __device__ __forceinline__ RegisterRow<Compute<T>, K> read(const T* row) {
   if constexpr (S::kWhole) {
 #pragma unroll
     for (int g = 0; g < S::kGranulesPerRow; ++g) {
-      Granule<T> granule;
-      granule.all = reinterpret_cast<const uint4*>(row)[g];
+      const Packed<T, kGranule> granule(reinterpret_cast<const uint4*>(row)[g]);
 #pragma unroll
       for (int i = 0; i < S::kLanes; ++i) result.bin[g * S::kLanes + i] = widen(granule.element[i]);
     }
@@ -94,12 +84,12 @@ __device__ __forceinline__ void write(T* row, const RegisterRow<Compute<T>, K>& 
   if constexpr (S::kWhole) {
 #pragma unroll
     for (int g = 0; g < S::kGranulesPerRow; ++g) {
-      Granule<T> granule;
+      Packed<T, kGranule> granule;
 #pragma unroll
       for (int i = 0; i < S::kLanes; ++i) {
         granule.element[i] = narrow<T>(values.bin[g * S::kLanes + i]);
       }
-      reinterpret_cast<uint4*>(row)[g] = granule.all;
+      reinterpret_cast<uint4*>(row)[g] = granule.word;
     }
   } else {
 #pragma unroll
@@ -108,7 +98,10 @@ __device__ __forceinline__ void write(T* row, const RegisterRow<Compute<T>, K>& 
 }
 
 template <class T, int K, What what>
-__device__ __forceinline__ void forward(DFL_FORWARD_POINTERS(T), int64_t n) {
+__global__ void __launch_bounds__(kThreads)
+    rows_forward(const T* __restrict__ logits, const Compute<T>* __restrict__ target,
+                 const Compute<T>* __restrict__ project, Compute<T>* __restrict__ loss,
+                 Compute<T>* __restrict__ position, Compute<T> bound, int64_t n) {
   using F = Compute<T>;
   using S = Stage<T, K>;
   __shared__ uint4 stage[S::kPadded];
@@ -136,7 +129,11 @@ __device__ __forceinline__ void forward(DFL_FORWARD_POINTERS(T), int64_t n) {
 }
 
 template <class T, int K, What what>
-__device__ __forceinline__ void backward(DFL_BACKWARD_POINTERS(T), int64_t n) {
+__global__ void __launch_bounds__(kThreads)
+    rows_backward(const T* __restrict__ logits, const Compute<T>* __restrict__ target,
+                  const Compute<T>* __restrict__ project, const Compute<T>* __restrict__ grad_loss,
+                  const Compute<T>* __restrict__ grad_position, T* __restrict__ grad_logits,
+                  Compute<T> bound, int64_t n) {
   using F = Compute<T>;
   using S = Stage<T, K>;
   __shared__ uint4 stage[S::kPadded];
@@ -176,8 +173,8 @@ __device__ __forceinline__ void backward(DFL_BACKWARD_POINTERS(T), int64_t n) {
     write<T, K>(row, bins);
     if (with_loss) {
       const int k = static_cast<int>(y.left);
-      left[0] = narrow<T>(slope.gradient(left_e, position_of(k, y.left, positions),
-                                         by_loss * y.left_weight));
+      left[0] = narrow<T>(
+          slope.gradient(left_e, position_of(k, y.left, positions), by_loss * y.left_weight));
       left[1] = narrow<T>(slope.gradient(right_e, position_of(k + 1, y.left + 1, positions),
                                          by_loss * y.right_weight));
     }
@@ -186,23 +183,4 @@ __device__ __forceinline__ void backward(DFL_BACKWARD_POINTERS(T), int64_t n) {
   copy_out<T, K>(grad_logits + first * K, stage, rows);
 }
 
-}  // namespace
 }  // namespace dflkern
-
-using namespace dflkern;
-
-#define DFL_DEFINE(structure, what, k)                                                        \
-  DFL_ENTRY_POINT DFL_NAME(structure, what, forward, k)(DFL_FORWARD_POINTERS(DFL_ELEMENT),    \
-                                                        int64_t n) {                          \
-    forward<DFL_ELEMENT, k, What::what>(DFL_FORWARD_VALUES, n);                               \
-  }                                                                                           \
-  DFL_ENTRY_POINT DFL_NAME(structure, what, backward, k)(DFL_BACKWARD_POINTERS(DFL_ELEMENT),  \
-                                                         int64_t n) {                         \
-    backward<DFL_ELEMENT, k, What::what>(DFL_BACKWARD_VALUES, n);                             \
-  }
-DFL_EACH(DFL_DEFINE, rows)
-
-#define DFL_ENTRIES(structure, what, k)                            \
-  DFL_FORWARD_ENTRY(DFL_NAME(structure, what, forward, k), 1)      \
-  DFL_BACKWARD_ENTRY(DFL_NAME(structure, what, backward, k), 1)
-DFL_TABLE(rows, DFL_EACH(DFL_ENTRIES, rows))

@@ -9,7 +9,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import time
@@ -123,8 +122,8 @@ def parse_arch(word: str) -> int | str:
 
 
 def variants(arguments: argparse.Namespace, archs: list[int | str]) -> Iterator[Variant]:
-    """Every kernel that was asked for; those of CUDA C++ where nvcc is."""
-    backends = arguments.backend or ["triton", *(["cuda"] if shutil.which("nvcc") else [])]
+    """Every kernel that was asked for; those of CUDA C++ where NVRTC is."""
+    backends = arguments.backend or ["triton", *(["cuda"] if torch.version.cuda else [])]
     for op, backend, arch, dtype, bins, layout, project in itertools.product(
         arguments.op or OPS,
         backends,
@@ -170,12 +169,13 @@ def _problem(variant: Variant) -> Problem:
         if variant.layout == "strided":
             logits = torch.empty((*shape[:3], 2 * shape[3]), dtype=logits.dtype)[..., ::2]
         given = torch.empty(BATCH, ANCHORS)
-    describe = OPS[variant.op].problem
-    assert describe is not None
-    problem = describe({
-        "logits": logits, "dim": dim, "project": given if variant.project else None,
-        "margin": 0.01, "stride": given, "foreground": given, "weight": given,
-    })  # fmt: skip
+    op = OPS[variant.op]
+    assert op.problem is not None
+    project = given if variant.project else None
+    arguments = {"logits": logits, "dim": dim, "project": project, "margin": 0.01}
+    if not op.rows:  # boxes
+        arguments |= {"stride": given, "foreground": given, "weight": given}
+    problem = op.problem(arguments)
     return replace(problem, device=torch.device("cuda"))
 
 

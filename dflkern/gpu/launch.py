@@ -129,11 +129,11 @@ def run(
     """
     held = _held(problem, backend, tensors, results)
     logits = held["logits"]
-    if backend == "triton" and logits.is_cuda:
+    if logits.is_cuda:
         _start(_prepare_once(op, problem, backend, logits.device), logits, held, problem.count)
         return
     for step in steps(op, problem.beside.reduction):
-        launch(plan(step, problem, backend), held)
+        interpret(plan(step, problem, backend), held)
 
 
 def _prepare(op: str, problem: Problem, backend: str, device: torch.device) -> Launches:
@@ -141,7 +141,9 @@ def _prepare(op: str, problem: Problem, backend: str, device: torch.device) -> L
     for step in steps(op, problem.beside.reduction):
         one = plan(step, problem, backend)
         roles = [a.value for a in one.arguments if isinstance(a.value, str)]
-        numbers = [a.value for a in one.arguments if not isinstance(a.value, str)]
+        numbers = [
+            a.value for a in one.arguments if not isinstance(a.value, str) and a.type != "null"
+        ]
         with torch.cuda.device(device):
             start = loaded(one, device.index)
         ready.append(
@@ -219,16 +221,13 @@ def packed(value: Tensor) -> Tensor:
     return value if value.data_ptr() % 16 == 0 else value.clone()
 
 
-def launch(launch_plan: LaunchPlan, tensors: dict[str, Any]) -> None:
-    """Run a plan on tensors by role; on a GPU, those of the CUDA library."""
+def interpret(launch_plan: LaunchPlan, tensors: dict[str, Any]) -> None:
+    """Run a Triton plan on tensors by role, in the interpreter."""
     if launch_plan.scratch is not None:
         programs = math.prod(launch_plan.grid)
         n = tensors["target"].numel() if "target" in tensors else 0
         role, each = launch_plan.scratch
         tensors[role] = _scratch(tensors["logits"], each * programs or n)
-    if launch_plan.backend == "cuda":
-        _launch_cuda(launch_plan, tensors)
-        return
     arguments = {
         argument.name: tensors[argument.value]
         if isinstance(argument.value, str)
@@ -260,19 +259,3 @@ def loaded(launch_plan: LaunchPlan, device: int) -> Start:
         loading = importlib.import_module(f".{launch_plan.backend}.loading", __package__)
         start = _loaded[key] = loading.load(launch_plan)
     return start
-
-
-def _launch_cuda(launch_plan: LaunchPlan, tensors: dict[str, Any]) -> None:
-    """Pointers, the bound of the targets and numbers stand in the kernel's order."""
-    names = [argument.name for argument in launch_plan.arguments]
-    values = [argument.value for argument in launch_plan.arguments]
-    bound = names.index("bound")
-    torch.ops.dflkern._cuda_launch(
-        launch_plan.kernel,
-        launch_plan.grid,
-        launch_plan.block[0],
-        launch_plan.shared,
-        [tensors[role] if isinstance(role, str) else None for role in values[:bound]],
-        values[bound + 1 :],
-        values[bound],
-    )

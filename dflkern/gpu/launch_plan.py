@@ -109,8 +109,8 @@ class LaunchPlan:
 class Start(Protocol):
     """A kernel loaded on one device: starts it on a grid and a stream of that device.
 
-    It takes the arguments of its plan in their order, pointers as addresses and 0 for "null". The
-    device is the current one.
+    It takes the arguments of its plan in their order, but for those of type "null"; pointers are
+    addresses. The device is the current one.
     """
 
     def __call__(self, x: int, y: int, z: int, stream: int, *arguments: int | float) -> None:

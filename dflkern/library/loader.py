@@ -6,11 +6,10 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from . import store
-from .files import Facts, Found
+from .files import Found
 from .reporting import BuildError
 from .store import LoadError, Recipe
 
@@ -28,20 +27,12 @@ class Loader:
         recipe: the file, and how it is made.
         use: loads the file at a path into the process, or raises.
         otherwise: two sentences for the warning: what happens without the file, and the way out.
-        absent: why there is no file, if it is not to be built at the first use; None builds it.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        use: Callable[[Path], object],
-        *,
-        otherwise: str,
-        absent: str | None = None,
-    ) -> None:
+    def __init__(self, recipe: Recipe, use: Callable[[Path], object], *, otherwise: str) -> None:
         self.loaded: bool | None = None
         self._recipe, self._use = recipe, use
-        self._otherwise, self._absent = otherwise, absent
+        self._otherwise = otherwise
         self._found: Found | None = None
         self._reason = ""
         self._lock = threading.Lock()
@@ -57,8 +48,7 @@ class Loader:
             if self.loaded is None:
                 try:
                     self._found = self._obtain()
-                    self.loaded = self._found is not None
-                    self._reason = "" if self.loaded else self._absent or ""
+                    self.loaded = True
                 except Exception as error:
                     self._reason = str(error) or type(error).__name__
                     self.loaded = False
@@ -74,7 +64,7 @@ class Loader:
         try:
             if self.find() is not None:
                 return None
-            return self._absent or store.remembered(self._recipe)
+            return store.remembered(self._recipe)
         except Exception as error:
             return str(error)
 
@@ -98,36 +88,27 @@ class Loader:
         """
         return self._found or next(store.find(self._recipe, []), None)
 
-    def build(self, make: Callable[[Path], Facts] | None = None) -> Path:
+    def build(self) -> Path:
         """Build the file now, into the user's cache, whatever is there or was remembered.
-
-        Args:
-            make: builds it instead of the recipe's `build`.
 
         Raises:
             BuildError: with the compiler's message, or with what is wrong with every folder.
         """
-        recipe = self._recipe if make is None else replace(self._recipe, build=make)
-        found = store.build(recipe, lambda found: None, wanted=lambda found: False)
+        found = store.build(self._recipe, lambda found: None, wanted=lambda found: False)
         with self._lock:
             if not self.loaded:
                 self.loaded = None
         return found.path
 
-    def _obtain(self) -> Found | None:
+    def _obtain(self) -> Found:
         recipe = self._recipe
-        problems: list[str] = []
         unloadable: dict[str, str] = {}  # verified files that do not load: digests and reasons
-        for found in store.find(recipe, problems):
+        for found in store.find(recipe, []):
             try:
                 self._load(found)
                 return found
             except LoadError as error:
                 unloadable[found.facts["sha256"]] = str(error)
-        if self._absent is not None:
-            if problems or unloadable:
-                raise BuildError("; ".join([*problems, *unloadable.values()]))
-            return None
         try:
             reason = store.remembered(recipe)
             if reason is not None:

@@ -30,7 +30,8 @@ class Recipe:
     Attributes:
         file: its name.
         purpose: what it is to the user, for messages: "CPU kernels".
-        duration: how long a build usually takes, for messages: "about 20 s".
+        duration: how long a build usually takes, for messages: "about 20 s"; empty for one that
+            takes too little time to be announced.
         key: the name of its folder in the cache, which says all that its use depends on. It must
             not need a compiler.
         build: compiles it to a path in an empty folder and returns facts for its manifest.
@@ -142,9 +143,9 @@ def build(
                 if found is None or not wanted(found):
                     where = f" in {folder}" if refusals else ""
                     because = f": {'; '.join(problems)}" if problems else ""
-                    announce(
-                        f"building its {recipe.purpose} (once, {recipe.duration}){where}{because}"
-                    )
+                    if recipe.duration:
+                        what = f"{recipe.purpose} (once, {recipe.duration})"
+                        announce(f"building its {what}{where}{because}")
                     _sweep(root, folder, recipe, held)
                     found = build_in(folder, recipe.file, recipe.build)
                     with contextlib.suppress(OSError):

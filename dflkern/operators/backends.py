@@ -12,7 +12,7 @@ import torch
 
 from ..cpu import library as cpu_library
 from ..gpu import beyond_grid, launch, plan, prefers_triton, steps
-from ..gpu.cuda import library as cuda_library
+from ..gpu.cuda import loading as cuda
 from ..gpu.launch_plan import GRID_LIMIT
 from ..problem import Problem
 from .requests import requested as requested
@@ -103,8 +103,6 @@ def choose(kind: Kind, name: str) -> Choice:
     for backend in preference(kind) if name == "auto" else (name,):
         if backend == kind.device.type == "cpu" and backend in kind.kernels:
             cpu_library.load()
-        if backend == kind.device.type == "cuda" and backend in kind.kernels:
-            cuda_library.load()
         reasons = why_not(backend, kind)
         if not reasons:
             return Choice(backend, tuple(refusals))
@@ -139,7 +137,7 @@ def unavailable(backend: str) -> list[str]:
         return _without_triton()
     if backend == "cpu":
         return cpu_library.refusals()
-    return cuda_library.refusals() if backend == "cuda" else []
+    return cuda.refusals() if backend == "cuda" else []
 
 
 def _without_triton() -> list[str]:
@@ -160,7 +158,7 @@ def why_not(backend: str, kind: Kind) -> list[str]:
     if backend == "cpu":
         return [] if kind.device.type == "cpu" else [f"the logits are on {kind.device}"]
     limits = [reason for limited, reason in kind.limits if limited == backend]
-    device = cuda_library.why_not if backend == "cuda" else launch.why_not
+    device = cuda.why_not if backend == "cuda" else launch.why_not
     return [*device(kind.device), *limits, *kind.beyond_grid]
 
 
@@ -207,8 +205,7 @@ def state(backend: str) -> str:
     """Where a backend's library is, if it has one of its own, after a comma."""
     if backend not in ("cpu", "cuda"):
         return ""
-    library = cpu_library if backend == "cpu" else cuda_library
-    return f", {library.describe()}"
+    return f", {cpu_library.describe() if backend == 'cpu' else cuda.describe()}"
 
 
 def _second(backend: str) -> str:

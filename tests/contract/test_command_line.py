@@ -19,7 +19,7 @@ import pytest
 
 import dflkern
 from dflkern.__main__ import COMMANDS, main
-from dflkern.gpu.cuda import library as cuda_library
+from dflkern.gpu.cuda import loading as cuda
 
 PACKAGE = Path(dflkern.__file__).parent
 
@@ -34,7 +34,7 @@ def test_info(capsys):
     assert lines["reference"].endswith(": available")
     for backend in ("cpu", "triton", "cuda"):
         assert "available" in lines[backend]
-    assert cuda_library.describe() in lines["cuda"]
+    assert cuda.describe() in lines["cuda"]
 
 
 def test_usage(capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dflkern
-from dflkern.gpu.cuda import library as cuda_library
+from dflkern.gpu.cuda import loading as cuda
 from support import logits_of, run, targets_for
 
 pytestmark = pytest.mark.gpu
@@ -14,8 +14,8 @@ LAYOUTS = ("rows", "columns", "padded")
 @pytest.fixture(params=["triton", "cuda"])
 def gpu_backend(request):
     """Run a test on both GPU backends."""
-    if request.param == "cuda" and not cuda_library.load():
-        pytest.skip(f"no CUDA library: {cuda_library.describe()}")
+    if request.param == "cuda" and (reasons := cuda.refusals()):
+        pytest.skip(f"no CUDA kernels: {reasons[0]}")
     with dflkern.use_backend(request.param):
         yield request.param
 

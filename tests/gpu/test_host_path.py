@@ -18,7 +18,7 @@ import pytest
 from host_path import PLACES, Case
 
 ROOT = Path(__file__).parents[2]
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda")
 REDUCTIONS = ("none", "sum", "mean", "side_mean")
 FORMS = (
     {"layout": "rows-4d"},

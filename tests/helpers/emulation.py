@@ -9,7 +9,6 @@ import concurrent.futures
 import math
 import multiprocessing
 import os
-import shutil
 import sys
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,9 @@ import pytest
 import torch
 
 from dflkern.gpu import plan
+from dflkern.gpu.cuda import nvrtc
 from dflkern.gpu.offline import compile_plan, facts
+from dflkern.library import BuildError
 from dflkern.operators.table import ALL
 from dflkern.problem import compute_dtype, describe
 from ptxemu import Buffer, PtxError, run
@@ -300,8 +301,11 @@ def compiles(backend):
         plan("dfl_loss", problem, backend)
     except ValueError as error:
         return str(error)
-    if backend == "cuda" and not shutil.which("nvcc"):
-        return "nvcc is not on the PATH"
+    if backend == "cuda":
+        try:
+            nvrtc.version()
+        except BuildError as error:
+            return str(error)
     return None
 
 

@@ -41,7 +41,7 @@ def use(path):
         raise OSError(f"{path} has the wrong content")
 
 
-def loader(use=use, absent=None, **changes):
+def loader(use=use, **changes):
     defaults = {
         "file": FILE,
         "purpose": "sample",
@@ -50,7 +50,7 @@ def loader(use=use, absent=None, **changes):
         "build": build,
         "compiler": lambda: "compiler 1",
     }
-    return Loader(Recipe(**defaults | changes), use, otherwise=WAY_OUT, absent=absent)
+    return Loader(Recipe(**defaults | changes), use, otherwise=WAY_OUT)
 
 
 def load(one):

@@ -1,1 +1,1 @@
-"""The CUDA C++ library and the launch plans of its kernels."""
+"""The CUDA kernels: their launch plans, their compiler, and loading."""

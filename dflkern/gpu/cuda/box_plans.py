@@ -1,4 +1,4 @@
-"""Launch plans of the CUDA C++ kernels on boxes, in csrc/boxes.cu."""
+"""Launch plans of the CUDA C++ kernels on boxes, in csrc/cuda/boxes.cu."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def plan_boxes(step: Step, problem: BoxProblem) -> LaunchPlan:
     """The launch of one step of an operator."""
     element = ELEMENT[problem.dtype]
     fixed = problem.num_bins in FIXED_BINS and element != "fp64" and step is not SUMS
-    what, direction = NAMES[step.name]
+    kernel = f"{NAMES[step.name]}<{element}, {problem.num_bins if fixed else 0}>"
+    if step is SUMS:
+        kernel = f"boxes_loss_sums<{ELEMENT[problem.compute_dtype]}>"
     arguments = [
         Argument(role, f"*{kind}", role) if kind else Argument(role, "null", 0)
         for role, kind in pointers_of(step, problem).items()
@@ -26,7 +28,7 @@ def plan_boxes(step: Step, problem: BoxProblem) -> LaunchPlan:
     return LaunchPlan(
         step.name,
         "cuda",
-        f"boxes_{what}_{direction}_k{problem.num_bins if fixed else 0}_{element}",
+        kernel,
         grid=(1, 1, 1) if step is SUMS else box_grid(problem),
         block=(BLOCK, 1, 1),
         arguments=tuple(arguments),
@@ -37,11 +39,11 @@ def plan_boxes(step: Step, problem: BoxProblem) -> LaunchPlan:
 
 
 NAMES = {
-    "decode_boxes": ("decode", "forward"),
-    "decode_boxes_backward": ("decode", "backward"),
-    "box_loss": ("loss", "forward"),
-    "box_loss_sums": ("sums", "forward"),
-    "box_loss_backward": ("loss", "backward"),
+    "decode_boxes": "boxes_decode_forward",
+    "decode_boxes_backward": "boxes_decode_backward",
+    "box_loss": "boxes_loss_forward",
+    "box_loss_sums": "boxes_loss_sums",
+    "box_loss_backward": "boxes_loss_backward",
 }
 
 

@@ -95,11 +95,14 @@ def _rows_in_shared_memory(problem: Problem, name: str) -> tuple[int, int]:
 
 
 def _kernel(name: str, step: Step, problem: Problem) -> str:
-    """The entry's name, as csrc/kernels.cuh makes it."""
+    """The kernel, as C++ names it."""
     direction = "backward" if step.backward else "forward"
     element = ELEMENT[problem.dtype]
     if name.startswith("general"):
-        return f"{name}_{direction}_{element}"
+        return f"general_{direction}<{element}, Layout::{name.removeprefix('general_')}>"
     computed = "both" if step.loss and step.decode else "loss" if step.loss else "decode"
     what = "asked" if problem.project else computed
-    return f"{name}_{what}_{direction}_k{problem.num_bins}_{element}"
+    arguments = f"{element}, {problem.num_bins}, What::{what}"
+    if name == "rows":
+        return f"rows_{direction}<{arguments}>"
+    return f"columns_{direction}<{arguments}, {name.removeprefix('columns')}>"

@@ -7,7 +7,7 @@ import importlib
 from ..launch_plan import LaunchPlan
 from .compiled import Compiled
 
-COMPILERS = {"triton": ".triton", "cuda": ".nvcc"}  # modules, of which the first imports Triton
+COMPILERS = {"triton": ".triton", "cuda": ".cuda"}  # modules, of which the first imports Triton
 
 
 def compile_plan(plan: LaunchPlan, arch: int | str) -> Compiled:
