@@ -4,8 +4,8 @@
 // with one distribution per lane (vec.h). No operation mixes lanes, so a distribution's result does
 // not depend on its neighbours, on its position in a vector or on how work is split.
 //
-// With z the logits, m = max z, s = sum exp(z - m), p = exp(z - m) / s, W the positions of the bins,
-// and y the two bins of the target t:
+// With z the logits, m = max z, s = sum exp(z - m), p = exp(z - m) / s, W the positions of the
+// bins, and y the two bins of the target t:
 //
 //   loss = sum y (log s - (z - m))    d loss / dz = p - y
 //   E    = sum p W                    d E / dz    = p (W - E)
@@ -104,9 +104,9 @@ struct Constants;
 template <>
 struct Constants<float> {
   static constexpr int kMantissaBits = 23;
-  static constexpr int32_t kRootHalf = 0x3f3504f3;     // the bits of sqrt(1/2)
+  static constexpr int32_t kRootHalf = 0x3f3504f3;    // the bits of sqrt(1/2)
   static constexpr float kRounder = 0x1.8p23f + 127;  // leaves round(x) + bias in the low bits
-  static constexpr float kLowest = -0x1.601e68p6f;     // -127 ln 2: the scale below is 0
+  static constexpr float kLowest = -0x1.601e68p6f;    // -127 ln 2: the scale below is 0
   static constexpr float kLog2e = 0x1.715476p0f;
   static constexpr float kLn2 = 0x1.62e43p-1f;
   static constexpr float kLn2Rest = 0;  // left out: it costs 1.9e-9 of the result for every halving
@@ -137,10 +137,10 @@ struct Constants<double> {
 
   template <class V>
   static DFL_INLINE V exp_core(V r) {
-    return polynomial(r, 1.0, 1.0, 0x1.000000000000ap-1, 0x1.555555555550ap-3,
-                      0x1.5555555550772p-5, 0x1.1111111124ce8p-7, 0x1.6c16c18446894p-10,
-                      0x1.a01a01368f988p-13, 0x1.a01999e2d6a53p-16, 0x1.71df0f6f2b197p-19,
-                      0x1.28ad8965b3857p-22, 0x1.ad9c2409dc96dp-26);
+    return polynomial(r, 1.0, 1.0, 0x1.000000000000ap-1, 0x1.555555555550ap-3, 0x1.5555555550772p-5,
+                      0x1.1111111124ce8p-7, 0x1.6c16c18446894p-10, 0x1.a01a01368f988p-13,
+                      0x1.a01999e2d6a53p-16, 0x1.71df0f6f2b197p-19, 0x1.28ad8965b3857p-22,
+                      0x1.ad9c2409dc96dp-26);
   }
   template <class V>
   static DFL_INLINE V log_core(V x) {

@@ -27,9 +27,8 @@ DFL_INLINE V float_arctangent(V x) {
   const V size = bits_as<V>(bits_as<Bits<V>>(x) & ~kSign);
   const auto large = size > 1;
   const V u = large ? 1 / size : size;
-  const V core = polynomial(u * u, -0x1.5554dcp-2f, 0x1.9978ecp-3f, -0x1.230a94p-3f,
-                            0x1.b4debp-4f, -0x1.3550dap-4f, 0x1.61eebp-5f, -0x1.0c17d4p-6f,
-                            0x1.7ea694p-9f);
+  const V core = polynomial(u * u, -0x1.5554dcp-2f, 0x1.9978ecp-3f, -0x1.230a94p-3f, 0x1.b4debp-4f,
+                            -0x1.3550dap-4f, 0x1.61eebp-5f, -0x1.0c17d4p-6f, 0x1.7ea694p-9f);
   const V small = fma(u * u * core, u, u);
   const V result = large ? 0x1.921fb6p0f - small : small;
   return bits_as<V>(bits_as<Bits<V>>(result) | sign);
@@ -170,8 +169,8 @@ DFL_INLINE Box<V> paired_iou_gradient(const Box<V>& a, const Box<V>& b) {
   g.y2 += (toward_y + share * (p.enclosing_height * d_enclosing.y2)) / square;
   if (kKind == Iou::kDiou) return g;
   const Aspect<V> of = aspect(p);
-  const V turn = of.alpha * F(8 / (kPi * kPi)) * of.angle /
-                 (p.a_width * p.a_width + p.a_height * p.a_height);
+  const V turn =
+      of.alpha * F(8 / (kPi * kPi)) * of.angle / (p.a_width * p.a_width + p.a_height * p.a_height);
   g.x1 -= turn * p.a_height;
   g.y1 += turn * p.a_width;
   g.x2 += turn * p.a_height;

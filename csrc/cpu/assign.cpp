@@ -257,7 +257,7 @@ class AssignerOf final : public Assigner {
   V (*const overlap_)(const Box<V>&, const Box<V>&);
   const Scene<F> scene_;
   const std::unique_ptr<Match<F>[]> claims_;  // a row of topk_ for each object
-  std::vector<int64_t> counts_;             // of claims in each row
+  std::vector<int64_t> counts_;               // of claims in each row
   std::vector<double> sums_;
 };
 

@@ -2,8 +2,8 @@
 // defines it.
 //
 // Each object looks at the anchors inside it and claims the best topk. Each image then settles the
-// anchors that several objects claimed. Memory is that of the claims, one row for each object, and of
-// the results.
+// anchors that several objects claimed. Memory is that of the claims, one row for each object, and
+// of the results.
 
 #pragma once
 

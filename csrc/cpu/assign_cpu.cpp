@@ -1,6 +1,6 @@
-// The CPU operator _cpu_task_aligned_assign: what task_aligned_assign of dflkern/reference computes,
-// for class logits (B, A, C) and boxes (B, A, 4) with dim = 2, or (B, C, A) and (B, 4, A) with
-// dim = 1, of any strides.
+// The CPU operator _cpu_task_aligned_assign: what task_aligned_assign of dflkern/reference
+// computes, for class logits (B, A, C) and boxes (B, A, 4) with dim = 2, or (B, C, A) and (B, 4, A)
+// with dim = 1, of any strides.
 
 #include <limits>
 #include <string>
@@ -51,11 +51,12 @@ Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
 void set_shapes(AssignCall& call, const Tensor& logits, const Tensor& boxes, const Tensor& objects,
                 int64_t dim) {
   const auto sizes = logits.sizes(), box_sizes = boxes.sizes();
-  STD_TORCH_CHECK((dim == 1 || dim == 2) && sizes.size() == 3 && box_sizes.size() == 3 &&
-                      box_sizes[0] == sizes[0] && box_sizes[3 - dim] == sizes[3 - dim] &&
-                      box_sizes[dim] == kSides && logits.is_cpu() && boxes.is_cpu(),
-                  "dflkern: class logits (B, A, C) and boxes (B, A, 4) with dim 2, or (B, C, A) and "
-                  "(B, 4, A) with dim 1, are needed on the CPU");
+  STD_TORCH_CHECK(
+      (dim == 1 || dim == 2) && sizes.size() == 3 && box_sizes.size() == 3 &&
+          box_sizes[0] == sizes[0] && box_sizes[3 - dim] == sizes[3 - dim] &&
+          box_sizes[dim] == kSides && logits.is_cpu() && boxes.is_cpu(),
+      "dflkern: class logits (B, A, C) and boxes (B, A, 4) with dim 2, or (B, C, A) and "
+      "(B, 4, A) with dim 1, are needed on the CPU");
   call.batch = sizes[0];
   call.anchors = sizes[3 - dim];
   call.classes = sizes[dim];
@@ -73,8 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> task_aligned_assign(
   AssignCall call{};
   set_shapes(call, class_logits, boxes, gt_boxes, dim);
   call.storage = storage_of("class_logits", class_logits);
-  const ScalarType type =
-      call.storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
+  const ScalarType type = call.storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
   call.logits = class_logits.const_data_ptr();
   const Tensor found = boxes.scalar_type() == type ? boxes : torch::stable::to(boxes, type);
   call.boxes = found.const_data_ptr();

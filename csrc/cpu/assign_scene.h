@@ -53,8 +53,8 @@ struct Scene {
   // that misses the box has none.
   bool meets(int64_t object, int64_t block, F eps) const {
     const Box<F> reach = reaches.at(object), extent = extents.at(block);
-    return extent.x2 - reach.x1 > eps && reach.x2 - extent.x1 > eps &&
-           extent.y2 - reach.y1 > eps && reach.y2 - extent.y1 > eps;
+    return extent.x2 - reach.x1 > eps && reach.x2 - extent.x1 > eps && extent.y2 - reach.y1 > eps &&
+           reach.y2 - extent.y1 > eps;
   }
 
   // Of the objects that are not ignored, by image and in their order: their number among all

@@ -28,7 +28,7 @@ struct Block {
   const F* logits;
   int64_t logits_stride;
   const F* max;  // of each distribution, or null if not known yet
-  F* gradient;  // may be the logits
+  F* gradient;   // may be the logits
   int64_t gradient_stride;
   const F* target;
   const F* grad_loss;
@@ -151,8 +151,8 @@ void forward(const Block<F>& block, const Bins<F>& bins, const F* positions) {
     find_max(block, lane, count, max);
     Picked<F> picked;
     if (kLoss) pick(logits, block.logits_stride, block.target + lane, bins, picked);
-    const Sums<F> sums = sum_exps<F, kPosition, false>(logits, block.logits_stride, count,
-                                                       positions, max, nullptr);
+    const Sums<F> sums =
+        sum_exps<F, kPosition, false>(logits, block.logits_stride, count, positions, max, nullptr);
     DFL_UNROLL for (int u = 0; u < S::U; ++u) {
       const int i = u * S::kWidth;
       if (kPosition) store(block.position + lane + i, sums.moment[u] / sums.mass[u]);
@@ -175,8 +175,8 @@ void backward(const Block<F>& block, const Bins<F>& bins, const F* positions) {
   for (int lane = 0; lane < block.lanes; lane += kStep) {
     V max[S::U];
     find_max(block, lane, count, max);
-    const Sums<F> sums = sum_exps<F, kPosition, true>(
-        block.logits + lane, block.logits_stride, count, positions, max, exps);
+    const Sums<F> sums = sum_exps<F, kPosition, true>(block.logits + lane, block.logits_stride,
+                                                      count, positions, max, exps);
     DFL_UNROLL for (int u = 0; u < S::U; ++u) {
       const int i = lane + u * S::kWidth;
       V inverse = 1 / sums.mass[u];

@@ -241,8 +241,7 @@ class BoxChunk {
   }
 
   Box<V> wanted(int i) const {
-    return {load<V>(box_[0] + i), load<V>(box_[1] + i), load<V>(box_[2] + i),
-            load<V>(box_[3] + i)};
+    return {load<V>(box_[0] + i), load<V>(box_[1] + i), load<V>(box_[2] + i), load<V>(box_[3] + i)};
   }
   Box<V> predicted(int i) const {
     const V x = load<V>(x_ + i), y = load<V>(y_ + i);
@@ -260,10 +259,11 @@ class BoxChunk {
   int64_t next_[kMaxLanes] = {}, gradient_next_[kMaxLanes] = {};
   // Vectors may reach beyond the last anchor, into values that are not used.
   alignas(64) F weight_[kAnchors + kWidth] = {}, to_iou_[kAnchors + kWidth] = {},
-                to_dfl_[kAnchors + kWidth] = {}, x_[kAnchors + kWidth] = {},
-                y_[kAnchors + kWidth] = {}, overlap_[kAnchors + kWidth],
-                box_[kSides][kAnchors + kWidth] = {}, distances_[kMaxLanes + kWidth] = {},
-                losses_[kMaxLanes], target_[kMaxLanes];
+                                   to_dfl_[kAnchors + kWidth] = {}, x_[kAnchors + kWidth] = {},
+                                   y_[kAnchors + kWidth] = {}, overlap_[kAnchors + kWidth],
+                                   box_[kSides][kAnchors + kWidth] = {},
+                                   distances_[kMaxLanes + kWidth] = {}, losses_[kMaxLanes],
+                                   target_[kMaxLanes];
 };
 
 }  // namespace dflkern

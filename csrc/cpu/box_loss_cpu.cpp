@@ -43,9 +43,9 @@ void set_logits(OwnedBoxLoss& of, const Tensor& logits, const Tensor& anchor_poi
 
 void check_anchors(const char* name, const Tensor& tensor, const BoxLoss& loss) {
   const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(tensor.is_cpu() && sizes.size() == 2 && sizes[0] == loss.batch &&
-                      sizes[1] == loss.anchors,
-                  "dflkern: ", name, " must be (B, A) on the CPU");
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && sizes.size() == 2 && sizes[0] == loss.batch && sizes[1] == loss.anchors,
+      "dflkern: ", name, " must be (B, A) on the CPU");
 }
 
 void set_boxes(OwnedBoxLoss& of, const Tensor& target_boxes, const MaybeTensor& matched,
@@ -70,8 +70,12 @@ void set_weights(OwnedBoxLoss& of, const Tensor& weight, const MaybeTensor& fore
   STD_TORCH_CHECK(weight.is_cpu() && (scores || sizes.size() == 2) && sizes[0] == loss.batch &&
                       sizes[1] == loss.anchors,
                   "dflkern: weight must be (B, A) or (B, A, classes) on the CPU");
-  loss.weight = {storage_of("weight", weight), weight.const_data_ptr(), scores ? sizes[2] : 1,
-                 strides[0], strides[1], scores ? strides[2] : 0};
+  loss.weight = {storage_of("weight", weight),
+                 weight.const_data_ptr(),
+                 scores ? sizes[2] : 1,
+                 strides[0],
+                 strides[1],
+                 scores ? strides[2] : 0};
   if (foreground) {
     check_anchors("foreground", *foreground, loss);
     STD_TORCH_CHECK(foreground->scalar_type() == ScalarType::Bool,
@@ -97,9 +101,8 @@ int64_t chunks_per_thread(const BoxLoss& loss) {
 
 BoxSums sum_losses(const BoxLoss& loss) {
   std::vector<BoxSums> sums(loss.chunks);
-  in_parallel(loss.chunks, chunks_per_thread(loss), [&](int64_t begin, int64_t end) {
-    sum_box_losses(loss, begin, end, sums.data());
-  });
+  in_parallel(loss.chunks, chunks_per_thread(loss),
+              [&](int64_t begin, int64_t end) { sum_box_losses(loss, begin, end, sums.data()); });
   BoxSums total;
   for (const BoxSums& part : sums) {  // in one order, however many threads there are
     total.iou += part.iou;
@@ -172,9 +175,8 @@ Tensor gradient_of(BoxLoss& loss, const Tensor& grad_iou, const Tensor& grad_dfl
                 number("grad_dfl", grad_dfl, loss.call) / scale};
   }
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread * anchors / size);
-  in_parallel(anchors, grain, [&](int64_t begin, int64_t end) {
-    write_box_gradients(loss, upstream, begin, end);
-  });
+  in_parallel(anchors, grain,
+              [&](int64_t begin, int64_t end) { write_box_gradients(loss, upstream, begin, end); });
   return gradient;
 }
 
@@ -204,9 +206,9 @@ std::tuple<Tensor, Tensor> box_loss(Tensor logits, Tensor anchor_points, Tensor 
 
 // Also returns the candidates, and what is kept of them, for the backward below.
 std::tuple<Tensor, Tensor, Tensor, Tensor> box_loss_keep(
-    Tensor logits, Tensor anchor_points, Tensor target_boxes, Tensor weight,
-    MaybeTensor normalizer, MaybeTensor foreground, MaybeTensor matched, MaybeTensor stride,
-    MaybeTensor project, int64_t dim, double margin, std::string iou, std::string reduction) {
+    Tensor logits, Tensor anchor_points, Tensor target_boxes, Tensor weight, MaybeTensor normalizer,
+    MaybeTensor foreground, MaybeTensor matched, MaybeTensor stride, MaybeTensor project,
+    int64_t dim, double margin, std::string iou, std::string reduction) {
   OwnedBoxLoss of = described(logits, anchor_points, target_boxes, weight, foreground, matched,
                               stride, project, dim, margin, iou);
   const int64_t sizes[] = {of.loss.count, kKept}, strides[] = {kKept, 1};
@@ -229,10 +231,10 @@ Tensor box_loss_backward(Tensor grad_iou, Tensor grad_dfl, Tensor logits, Tensor
   return gradient_of(of.loss, grad_iou, grad_dfl, logits, normalizer, dim, reduction);
 }
 
-Tensor box_loss_backward_kept(Tensor grad_iou, Tensor grad_dfl, Tensor logits,
-                              Tensor anchor_points, Tensor candidates, Tensor kept,
-                              MaybeTensor normalizer, MaybeTensor project, int64_t dim,
-                              double margin, std::string iou, std::string reduction) {
+Tensor box_loss_backward_kept(Tensor grad_iou, Tensor grad_dfl, Tensor logits, Tensor anchor_points,
+                              Tensor candidates, Tensor kept, MaybeTensor normalizer,
+                              MaybeTensor project, int64_t dim, double margin, std::string iou,
+                              std::string reduction) {
   OwnedBoxLoss of;
   set_logits(of, logits, anchor_points, project, dim, margin, iou);
   const int64_t count = candidates.numel();
@@ -242,8 +244,8 @@ Tensor box_loss_backward_kept(Tensor grad_iou, Tensor grad_dfl, Tensor logits,
                   "dflkern: candidates and what is kept of them must be as box_loss made them");
   const auto* first = static_cast<const int64_t*>(candidates.const_data_ptr());
   // They are read and written by these indices
-  const bool ascending = std::adjacent_find(first, first + count, std::greater_equal<int64_t>()) ==
-                         first + count;
+  const bool ascending =
+      std::adjacent_find(first, first + count, std::greater_equal<int64_t>()) == first + count;
   STD_TORCH_CHECK(ascending && (count == 0 || (first[0] >= 0 &&
                                                first[count - 1] < of.loss.batch * of.loss.anchors)),
                   "dflkern: candidates must be ascending indices of anchors");

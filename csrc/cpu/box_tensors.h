@@ -9,8 +9,9 @@ namespace dflkern {
 
 inline BoxLayout layout_of(const Tensor& logits, int64_t dim) {
   const auto sizes = logits.sizes();
-  STD_TORCH_CHECK(sizes.size() == 4 && (dim == 2 || dim == 3) && sizes[dim - 1] == kSides,
-                  "dflkern: boxes need logits (B, A, 4, bins) with dim 3 or (B, 4, bins, A) with 2");
+  STD_TORCH_CHECK(
+      sizes.size() == 4 && (dim == 2 || dim == 3) && sizes[dim - 1] == kSides,
+      "dflkern: boxes need logits (B, A, 4, bins) with dim 3 or (B, 4, bins, A) with 2");
   return {sizes[0], sizes[dim == 3 ? 1 : 3], dim == 3};
 }
 

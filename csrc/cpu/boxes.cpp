@@ -58,8 +58,8 @@ template <class I>
 void list_matched(const I* matched, int64_t stride, int64_t objects, int64_t anchors, int64_t first,
                   std::vector<int64_t>& found) {
   using Unsigned = std::make_unsigned_t<I>;
-  const auto limit = static_cast<Unsigned>(
-      std::min<int64_t>(objects, std::numeric_limits<I>::max()));
+  const auto limit =
+      static_cast<Unsigned>(std::min<int64_t>(objects, std::numeric_limits<I>::max()));
   for (int64_t a = 0; a < anchors; ++a) {
     if (static_cast<Unsigned>(matched[a * stride]) < limit) found.push_back(first + a);
   }
@@ -113,8 +113,8 @@ template void to_boxes<double>(const BoxLayout&, const double*, const double*, b
                                int64_t, double*);
 template void to_distance_gradients<float>(const BoxLayout&, const float*, bool, int64_t, int64_t,
                                            const float*, float*);
-template void to_distance_gradients<double>(const BoxLayout&, const double*, bool, int64_t,
-                                            int64_t, const double*, double*);
+template void to_distance_gradients<double>(const BoxLayout&, const double*, bool, int64_t, int64_t,
+                                            const double*, double*);
 
 std::vector<int64_t> find_candidates(const BoxLoss& loss) {
   std::vector<int64_t> found;

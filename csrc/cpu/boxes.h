@@ -20,8 +20,8 @@ struct BoxLayout {
   int64_t side_step() const { return sides_last ? 1 : anchors; }
 };
 
-// dist2bbox in place, for boxes (of all images) begin to end. `points` holds x and y of each anchor,
-// `stride` its pixels per cell or null.
+// dist2bbox in place, for boxes (of all images) begin to end. `points` holds x and y of each
+// anchor, `stride` its pixels per cell or null.
 template <class F>
 void to_boxes(const BoxLayout& layout, const F* points, const F* stride, bool cxcywh, int64_t begin,
               int64_t end, F* boxes);
@@ -63,8 +63,8 @@ struct BoxLoss {
   void *iou_losses, *dfl_losses;
 
   // What the backward needs of its candidates, kKept numbers of each in the type of the arithmetic:
-  // weight and target box in cells. The forward writes `keep` if that is not null; where `kept` is not null,
-  // it stands for weight, foreground, matched, stride and target_boxes.
+  // weight and target box in cells. The forward writes `keep` if that is not null; where `kept` is
+  // not null, it stands for weight, foreground, matched, stride and target_boxes.
   void* keep;
   const void* kept;
 

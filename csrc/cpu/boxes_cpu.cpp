@@ -14,8 +14,8 @@ constexpr int64_t kAnchorsPerThread = 2048;
 
 // Whether boxes are centre and size, and not corners.
 bool is_centred(const std::string& box_format) {
-  STD_TORCH_CHECK(box_format == "xyxy" || box_format == "cxcywh", "dflkern: there is no box format ",
-                  box_format);
+  STD_TORCH_CHECK(box_format == "xyxy" || box_format == "cxcywh",
+                  "dflkern: there is no box format ", box_format);
   return box_format == "cxcywh";
 }
 

@@ -30,8 +30,8 @@ class Backward {
   void write(int64_t index) {
     const ClassPart part = part_of(loss_, index);
     const ClassStrides &from = loss_.strides, &to = loss_.gradient_strides;
-    logits_ = static_cast<const T*>(loss_.logits) + part.image * from.batch +
-              part.anchor * from.anchor;
+    logits_ =
+        static_cast<const T*>(loss_.logits) + part.image * from.batch + part.anchor * from.anchor;
     gradient_ = static_cast<T*>(loss_.gradient) + part.image * to.batch + part.anchor * to.anchor;
     if (layout_ == ClassLayout::kRows) {
       write_rows(part);

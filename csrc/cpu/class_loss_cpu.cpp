@@ -40,9 +40,9 @@ void set_logits(ClassLoss& loss, const Tensor& logits, int64_t dim) {
 
 void check_anchors(const char* name, const Tensor& tensor, const ClassLoss& loss) {
   const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(tensor.is_cpu() && sizes.size() == 2 && sizes[0] == loss.batch &&
-                      sizes[1] == loss.anchors,
-                  "dflkern: ", name, " must be (B, A) on the CPU");
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && sizes.size() == 2 && sizes[0] == loss.batch && sizes[1] == loss.anchors,
+      "dflkern: ", name, " must be (B, A) on the CPU");
 }
 
 void set_targets(OwnedClassLoss& of, const Tensor& matched, const Tensor& score,
@@ -139,10 +139,9 @@ Tensor class_loss_backward(Tensor grad_loss, Tensor logits, Tensor matched, Tens
   of.loss.gradient = gradient.mutable_data_ptr();
   of.loss.gradient_strides = strides_of(gradient, dim);
   const double scale = number("grad_loss", grad_loss) / number("normalizer", normalizer);
-  in_parallel(class_loss_parts(of.loss), parts_per_thread(of.loss),
-              [&](int64_t begin, int64_t end) {
-                write_class_gradients(of.loss, scale, begin, end);
-              });
+  in_parallel(
+      class_loss_parts(of.loss), parts_per_thread(of.loss),
+      [&](int64_t begin, int64_t end) { write_class_gradients(of.loss, scale, begin, end); });
   return gradient;
 }
 

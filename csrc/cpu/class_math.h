@@ -102,7 +102,8 @@ template <class V>
 DFL_INLINE V power_of(V z, const Sigmoid<V>& s, Element<V> gamma) {
   if (gamma == 2) return s.p * s.p;
   if (gamma == 0) return s.p == s.p ? splat<V>(1) : s.p;
-  return exp_nonpositive(gamma * (-rectified(-z) - s.log));  // the log of p, of which none is inf - inf
+  return exp_nonpositive(gamma *
+                         (-rectified(-z) - s.log));  // the log of p, of which none is inf - inf
 }
 
 // A product in which 0 times infinity is 0; NaN stays NaN.

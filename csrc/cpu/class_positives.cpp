@@ -17,8 +17,7 @@ double score_of(const AnchorScores& scores, int64_t image, int64_t anchor) {
 
 template <class I>
 void find_in(const ClassLoss& loss, std::vector<Positive>& found) {
-  const I objects = static_cast<I>(
-      std::min<int64_t>(loss.objects, std::numeric_limits<I>::max()));
+  const I objects = static_cast<I>(std::min<int64_t>(loss.objects, std::numeric_limits<I>::max()));
   for (int64_t image = 0; image < loss.batch; ++image) {
     const I* matched = static_cast<const I*>(loss.matched.data) + image * loss.matched.batch_stride;
     for (int64_t anchor = 0; anchor < loss.anchors; ++anchor) {
@@ -39,8 +38,14 @@ PositiveLoss positive_loss(double z, double y, bool varifocal, bool quality, dou
                            bool detach_modulation) {
   const double e = std::exp(-std::fabs(z)), log = std::log1p(e);
   const double p = z > 0 ? 1 / (1 + e) : e / (1 + e), rest = z > 0 ? e / (1 + e) : 1 / (1 + e);
-  const double entropy = product(y, (z < 0 ? -z : z == z ? 0 : z) + log) +
-                         product(1 - y, (z > 0 ? z : z == z ? 0 : z) + log);
+  const double entropy = product(y, (z < 0    ? -z
+                                     : z == z ? 0
+                                              : z) +
+                                        log) +
+                         product(1 - y, (z > 0    ? z
+                                         : z == z ? 0
+                                                  : z) +
+                                            log);
   const double away = p - y;
   if (varifocal) return {product(y, entropy), y * away};
   if (!quality) return {entropy, away};

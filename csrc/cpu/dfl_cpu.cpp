@@ -91,8 +91,7 @@ Tensor run_backward(MaybeTensor grad_loss, MaybeTensor grad_position, Tensor log
 Tensor dfl_loss(Tensor logits, Tensor target, MaybeTensor weight, MaybeTensor normalizer,
                 MaybeTensor project, int64_t dim, double margin, std::string name) {
   const Reduction reduction = reduction_of(name, normalizer, logits, weight, dim);
-  Tensor loss =
-      run_forward(logits, target, project, dim, margin, false, reduction.in_kernel).loss;
+  Tensor loss = run_forward(logits, target, project, dim, margin, false, reduction.in_kernel).loss;
   if (reduction.in_kernel || (reduction.kind == Reduction::kNone && !weight)) return loss;
   OutputShape shape;
   describe(logits, dim, margin, shape);

@@ -147,8 +147,8 @@ Tensor spread_out(Tensor grad, const Weights<F>& weight, const Reduction& reduct
   const bool scalar = reduction.kind == Reduction::kSum || reduction.kind == Reduction::kMean;
   const F one = scalar ? static_cast<F>(*from / reduction.divisor) : F(0);
   const bool same = scalar && weight.data == nullptr;
-  Tensor result = same ? empty(nullptr, nullptr, 0, type)
-                       : empty(shape.sizes, shape.strides, shape.dims, type);
+  Tensor result =
+      same ? empty(nullptr, nullptr, 0, type) : empty(shape.sizes, shape.strides, shape.dims, type);
   F* to = static_cast<F*>(result.mutable_data_ptr());
   if (same) {
     *to = one;

@@ -40,8 +40,8 @@ DFL_INLINE void store8(Half* to, __m256 x) {
 }
 DFL_INLINE void store8(BFloat16* to, __m256 x) {
   const __m256i words = _mm256_srli_epi32(rounded_to_bf16(x), 16);
-  store_bits(to, _mm_packus_epi32(_mm256_castsi256_si128(words),
-                                  _mm256_extracti128_si256(words, 1)));
+  store_bits(to,
+             _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
 // A pair is two rows a and b of eight: low holds a0..a3 b0..b3, high a4..a7 b4..b7. Made while

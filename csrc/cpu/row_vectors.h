@@ -49,9 +49,13 @@ template <class T>
 constexpr bool kHasRows = sizeof(T) < 8;
 
 template <class T>
-DFL_INLINE VecF load_vector(const T* from) { return load8(from); }
+DFL_INLINE VecF load_vector(const T* from) {
+  return load8(from);
+}
 template <class T>
-DFL_INLINE void store_vector(T* to, VecF x) { store8(to, x); }
+DFL_INLINE void store_vector(T* to, VecF x) {
+  store8(to, x);
+}
 
 DFL_INLINE VecF low_pairs(VecF a, VecF b) { return _mm256_unpacklo_ps(a, b); }
 DFL_INLINE VecF high_pairs(VecF a, VecF b) { return _mm256_unpackhi_ps(a, b); }
@@ -109,8 +113,8 @@ DFL_INLINE void halve_pairs(const VecF* v, const VecF* uppers, VecF& sum, VecF& 
   }
   const VecF high = high_halves(sums[0], sums[1]);
   sum = low_halves(sums[0], sums[1]) + high;
-  moment = fma(splat<VecF>(2), low_halves(upper[0], upper[1]) + high_halves(upper[0], upper[1]),
-               high);
+  moment =
+      fma(splat<VecF>(2), low_halves(upper[0], upper[1]) + high_halves(upper[0], upper[1]), high);
 }
 
 // Lane i of `sum` is the sum of all lanes of rows[i], lane i of `moment` that of lane number

@@ -126,8 +126,7 @@ class Runner {
   using F = Compute<T>;
 
  public:
-  explicit Runner(const Call& call)
-      : call_(call), lanes_(call), gives_boxes_(gives_boxes(call)) {}
+  explicit Runner(const Call& call) : call_(call), lanes_(call), gives_boxes_(gives_boxes(call)) {}
 
   void run(int64_t block) {
     Place place;

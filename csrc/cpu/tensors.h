@@ -2,14 +2,14 @@
 
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
 #include <algorithm>
 #include <atomic>
 #include <optional>
 #include <string>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "call.h"
 #include "common/iou.h"
@@ -68,8 +68,7 @@ inline ScalarType compute_type(const Call& call) {
 inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType type) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -203,8 +203,7 @@ void forward_rows(const Rows<T>& it, const Bins<float>& bins, const float* posit
     pick(it.logits, it.offsets + lane, y, pairs);
     const PickedRows logit = load_picked(pairs);
     const VecF m = load<VecF>(max + lane);
-    store(it.loss + lane,
-          loss_of(load<VecF>(mass + lane), y, logit.left - m, logit.right - m));
+    store(it.loss + lane, loss_of(load<VecF>(mass + lane), y, logit.left - m, logit.right - m));
   }
 }
 

@@ -17,8 +17,8 @@ DFL_INLINE Vec<Compute<T>> load_vector(const T* from) {
     return load<Vec<F>>(from);
   } else {
 #if defined(__AVX512F__) && defined(__F16C__)
-    return bits_as<VecF>(_mm512_insertf64x4(
-        _mm512_castpd256_pd512(_mm256_castps_pd(load8(from))), _mm256_castps_pd(load8(from + 8)), 1));
+    return bits_as<VecF>(_mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_castps_pd(load8(from))),
+                                            _mm256_castps_pd(load8(from + 8)), 1));
 #elif defined(__AVX2__) && defined(__F16C__)
     return load8(from);
 #else

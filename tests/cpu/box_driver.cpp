@@ -1,6 +1,6 @@
 // Stand-alone check of the CPU kernels for boxes, without torch, for sanitizers: the error of atan,
-// decoded boxes, and both losses and their gradient against plain double arithmetic, in buffers that
-// end where the data ends. Exits with 1 if anything fails.
+// decoded boxes, and both losses and their gradient against plain double arithmetic, in buffers
+// that end where the data ends. Exits with 1 if anything fails.
 
 #include <algorithm>
 #include <cmath>
@@ -153,10 +153,10 @@ void check_loss(Storage storage, int bins, int64_t batch, int64_t anchors, bool 
       if (active) dfl_loss += weight[i] * sides[s].loss / kSides;
       for (int k = 0; k < bins; ++k) {
         const double p = sides[s].p[k];
-        const double exact = active ? weight[i] * (upstream.dfl / kSides * (p - sides[s].y[k]) -
-                                                   upstream.iou * by_side[s] * p *
-                                                       (k - sides[s].expected))
-                                    : 0;
+        const double exact =
+            active ? weight[i] * (upstream.dfl / kSides * (p - sides[s].y[k]) -
+                                  upstream.iou * by_side[s] * p * (k - sides[s].expected))
+                   : 0;
         const int64_t at = first + s * loss.logits.side + k * loss.call.bin_stride;
         worst = std::max(worst, std::fabs(widened(gradient[at]) - exact));
       }

@@ -83,8 +83,7 @@ void check_functions(uint32_t step) {
   const auto exps = [](auto x) { return exp_nonpositive(x); };
   const auto logs = [](auto x) { return log_at_least_one(x); };
   const auto bits = [](float x) { return bits_as<uint32_t>(x); };
-  expect_ulps("exp float, -16 to 0",
-              worst_float(0, bits(16.0f), step, true, exps, std::exp), 2.5);
+  expect_ulps("exp float, -16 to 0", worst_float(0, bits(16.0f), step, true, exps, std::exp), 2.5);
   expect_ulps("exp float, normal results",
               worst_float(bits(16.0f), bits(87.3365f), step, true, exps, std::exp), 5);
   expect_ulps("log float, 1 to 256",
@@ -233,10 +232,9 @@ class Case {
     const int64_t at = i * layout_.stride;
     for (int k = 0; k < bins_; ++k) z.push_back(widened(logits_[at + k * layout_.bin_stride]));
     // The bound of the clamp is rounded as the kernels round it: 1e30 magnifies the difference.
-    const F highest = uniform_ ? F(bins_ - 1 - 0.01)
-                               : std::max(positions_.back() - F(0.01), positions_[0]);
-    const Exact truth =
-        exact(z, targets_[i], w, highest, grads_[i], grads_[i], loss, position);
+    const F highest =
+        uniform_ ? F(bins_ - 1 - 0.01) : std::max(positions_.back() - F(0.01), positions_[0]);
+    const Exact truth = exact(z, targets_[i], w, highest, grads_[i], grads_[i], loss, position);
     const double eps = std::numeric_limits<F>::epsilon() * 8, width = w.back() - w[0] + 1;
     const double size = 30 + std::fabs(truth.loss);
     bool good = (!loss || close(loss_found, truth.loss, eps * width * size)) &&
@@ -265,10 +263,10 @@ void check_operations(Storage storage) {
   for (const int bins : {2, 3, 7, 8, 9, 10, 11, 16, 17, 19, 22, 33, 91, 256}) {
     for (const int n : {0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 130}) {
       const int64_t columns = std::max(n, 1);
-      for (const Layout layout : {Layout{"rows", bins, 1}, Layout{"padded rows", bins + 3, 1},
-                                  Layout{"columns", 1, columns},
-                                  Layout{"padded columns", 1, columns + 5},
-                                  Layout{"strided", 2 * bins, 2}}) {
+      for (const Layout layout :
+           {Layout{"rows", bins, 1}, Layout{"padded rows", bins + 3, 1},
+            Layout{"columns", 1, columns}, Layout{"padded columns", 1, columns + 5},
+            Layout{"strided", 2 * bins, 2}}) {
         for (const bool uniform : {true, false}) {
           Case<T> it(storage, bins, n, layout, uniform);
           it.check(true, false);

@@ -78,8 +78,7 @@ class AssignCase {
     const auto assigner = make_assigner(call);
     in_pieces(random_, assigner->objects(),
               [&](int64_t begin, int64_t end) { assigner->claim(begin, end); });
-    in_pieces(random_, batch_,
-              [&](int64_t begin, int64_t end) { assigner->settle(begin, end); });
+    in_pieces(random_, batch_, [&](int64_t begin, int64_t end) { assigner->settle(begin, end); });
     double sum = 0;
     for (int64_t image = 0; image < batch_; ++image) sum += expect_image(call, image);
     report_.expect(std::fabs(assigner->total() - sum) <= 1e-9 * sum, "total", 0, assigner->total(),
@@ -111,7 +110,8 @@ class AssignCase {
         const int64_t at = kSides * n + s;
         gt_boxes_[at] = twice ? gt_boxes_[at - kSides] : F(centre - size / 2);
         gt_boxes_[at + 2] = twice ? gt_boxes_[at + 2 - kSides] : F(centre + size / 2);
-        if (kind && random_.one_in(8)) gt_boxes_[at + 2 * random_.below(2)] = F(random_.number(kind, 50));
+        if (kind && random_.one_in(8))
+          gt_boxes_[at + 2 * random_.below(2)] = F(random_.number(kind, 50));
       }
     }
     for (int64_t i = 0; i < batch_ * anchors_ && objects_; ++i) {  // near some object

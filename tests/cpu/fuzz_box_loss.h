@@ -85,8 +85,8 @@ class BoxLossCase {
     for (int64_t i = 0; i < weight.size(); ++i) {
       const double positive = random_.uniform(0.1, 1);
       const double special = random_.pick({kNan, kInf, 1e30});
-      weight.set(i, kind == 0   ? random_.below(17) / 4.0 - 2
-                    : kind == 1 ? (random_.one_in(2) ? 0 : positive)
+      weight.set(i, kind == 0                         ? random_.below(17) / 4.0 - 2
+                    : kind == 1                       ? (random_.one_in(2) ? 0 : positive)
                     : kind == 2 && random_.one_in(20) ? special
                                                       : positive);
     }
@@ -114,8 +114,8 @@ class BoxLossCase {
     loss.gradient = strides_of(head_.dense);
     loss.points = head_.points.get();
     loss.target_boxes = boxes_.get();
-    loss.weight = {Stored<W>::kStorage, weight.get(), classes, strides.of[0], strides.of[1],
-                   scores ? strides.of[2] : 0};
+    loss.weight = {Stored<W>::kStorage, weight.get(),  classes,
+                   strides.of[0],       strides.of[1], scores ? strides.of[2] : 0};
     if (with_mask_) {
       loss.foreground = reinterpret_cast<decltype(loss.foreground)>(mask_.get());
       loss.foreground_batch_stride = mask_strides_.of[0];
@@ -137,9 +137,8 @@ class BoxLossCase {
     Memory<F> kept(random_, kKept * listed.size());
     loss.keep = kept.get();
     std::vector<BoxSums> sums(loss.chunks);
-    in_pieces(random_, loss.chunks, [&](int64_t begin, int64_t end) {
-      sum_box_losses(loss, begin, end, sums.data());
-    });
+    in_pieces(random_, loss.chunks,
+              [&](int64_t begin, int64_t end) { sum_box_losses(loss, begin, end, sums.data()); });
     loss.keep = nullptr;
     if (random_.one_in(2)) {  // what was kept stands for these
       loss.kept = kept.get();
@@ -190,9 +189,8 @@ class BoxLossCase {
       end_fills();
     }
     if (loss.count == 0) return;
-    in_pieces(random_, count_, [&](int64_t begin, int64_t end) {
-      write_box_gradients(loss, upstream, begin, end);
-    });
+    in_pieces(random_, count_,
+              [&](int64_t begin, int64_t end) { write_box_gradients(loss, upstream, begin, end); });
   }
 
   void expect_anchor(int64_t i, Number weight, bool active, const BoxGradients& upstream,

@@ -107,8 +107,8 @@ class ClassLossCase {
     loss_.labels = labels_.data();
     loss_.objects = static_cast<int64_t>(labels_.size());
     loss_.class_weight = weight_.empty() ? nullptr : weight_.data();
-    loss_.kind = random_.pick(
-        {ClassLossKind::kBce, ClassLossKind::kVarifocal, ClassLossKind::kQuality});
+    loss_.kind =
+        random_.pick({ClassLossKind::kBce, ClassLossKind::kVarifocal, ClassLossKind::kQuality});
     loss_.alpha = random_.pick({0.75, 0.25, 0.0});
     loss_.gamma = random_.pick({2.0, 2.0, 1.0, 1.5, 3.0});
     loss_.detach_modulation = random_.one_in(3);

@@ -9,8 +9,8 @@ namespace fuzz {
 
 using namespace dflkern;
 
-constexpr int kBins[] = {2,  2,  3,  4,  7,  8,  9,  10, 15, 16,  16,
-                                          17, 19, 22, 31, 32, 33, 64, 91, 128, 255, 256};
+constexpr int kBins[] = {2,  2,  3,  4,  7,  8,  9,  10, 15,  16,  16,
+                         17, 19, 22, 31, 32, 33, 64, 91, 128, 255, 256};
 
 // Increasing positions of bins, or none for 0, 1, ..., K - 1.
 template <class F>

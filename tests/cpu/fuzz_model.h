@@ -231,8 +231,7 @@ struct Overlap {
     value = value - share;
     for (int i = 0; i < 4; ++i) {
       const Number extent = i % 2 ? eh : ew;
-      gradient[i] =
-          gradient[i] + (apart[i % 2] * 0.5 + share * (extent * outer[i]) * 2) / square;
+      gradient[i] = gradient[i] + (apart[i % 2] * 0.5 + share * (extent * outer[i]) * 2) / square;
     }
     if (kind == 2) return;
     const Number angle = arctangent(bw / bh) - arctangent(aw / ah);

@@ -48,8 +48,7 @@ def cuda(name, file, old, new, **case):
 
 
 MUTATIONS = [
-    triton("mask of a store dropped", "rows.py", "(tl.log2(s) - dot) * LN2, mask=live)",
-           "(tl.log2(s) - dot) * LN2)"),
+    triton("mask of a store dropped", "rows.py", "moment / s, mask=live)", "moment / s)"),
     triton("mask of a tile one bin too wide", "rows.py", "(bins < K)", "(bins <= K)",
            op=BACKWARD, bins=91),
     triton("gradient written at the logits' stride", "lanes.py",
@@ -68,7 +67,7 @@ MUTATIONS = [
            "-tl.maximum(y, 0.0)", op=BACKWARD, bins=17),
     triton("upstream gradient of the wrong result", "distribution.py", "a = grad_position * r",
            "a = grad_loss * r", op=BACKWARD),
-    triton("leftover rows unwritten", "plans.py", " + (n % granule > 0)", "", bins=17),
+    triton("leftover rows unwritten", "../launch_plan.py", " + (n % each > 0)", "", bins=17),
     triton("NaN target swallowed", "distribution.py", "dot = t * 0", "dot = tl.zeros_like(t)",
            layout="columns", special=True),
     triton("swapped weights", "distribution.py", "tl.where(left == k, 1.0 - right_weight",

@@ -13,24 +13,24 @@
 long stub_file_calls;
 
 // Defines `name` as libc's function of this name, counted.
-#define COUNTED(result, name, parameters, arguments)          \
-  result name parameters {                                    \
-    static result(*real) parameters;                          \
-    if (!real) real = dlsym(RTLD_NEXT, #name);                \
-    stub_count(&stub_file_calls);                             \
-    return real arguments;                                    \
+#define COUNTED(result, name, parameters, arguments) \
+  result name parameters {                           \
+    static result(*real) parameters;                 \
+    if (!real) real = dlsym(RTLD_NEXT, #name);       \
+    stub_count(&stub_file_calls);                    \
+    return real arguments;                           \
   }
 
-#define COUNTED_OPEN(name)                                    \
-  int name(const char* path, int flags, ...) {                \
-    static int (*real)(const char*, int, ...);                \
-    if (!real) real = dlsym(RTLD_NEXT, #name);                \
-    va_list rest;                                             \
-    va_start(rest, flags);                                    \
+#define COUNTED_OPEN(name)                                                  \
+  int name(const char* path, int flags, ...) {                              \
+    static int (*real)(const char*, int, ...);                              \
+    if (!real) real = dlsym(RTLD_NEXT, #name);                              \
+    va_list rest;                                                           \
+    va_start(rest, flags);                                                  \
     mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0; \
-    va_end(rest);                                             \
-    stub_count(&stub_file_calls);                             \
-    return real(path, flags, mode);                           \
+    va_end(rest);                                                           \
+    stub_count(&stub_file_calls);                                           \
+    return real(path, flags, mode);                                         \
   }
 
 COUNTED_OPEN(open)

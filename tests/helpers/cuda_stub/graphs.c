@@ -60,9 +60,15 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   for (size_t i = 0; i < graph->count; ++i) {
     Node* node = &graph->nodes[i];
     switch (node->kind) {
-      case LAUNCH: stub_replay(node->launch, stream); break;
-      case COPY: memmove(node->to, node->from, node->bytes); break;
-      case FILL: memset(node->to, node->value, node->bytes); break;
+      case LAUNCH:
+        stub_replay(node->launch, stream);
+        break;
+      case COPY:
+        memmove(node->to, node->from, node->bytes);
+        break;
+      case FILL:
+        memset(node->to, node->value, node->bytes);
+        break;
     }
   }
   return cudaSuccess;

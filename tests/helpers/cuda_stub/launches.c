@@ -73,7 +73,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* configuration, CUfunction functi
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                         unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                         CUstream stream, void** parameters, void** extra) {
-  CUlaunchConfig configuration = {grid_x,  grid_y,  grid_z, block_x, block_y,
+  CUlaunchConfig configuration = {grid_x,  grid_y, grid_z, block_x, block_y,
                                   block_z, shared, stream, NULL,    0};
   return cuLaunchKernelEx(&configuration, function, parameters, extra);
 }
@@ -93,10 +93,14 @@ static cudaError_t launch_registered(const void* host_function, dim3 grid, dim3 
       .parameters = parameters,
   };
   switch (perform(&launch, &stub_runtime_launches)) {
-    case CUDA_SUCCESS: return cudaSuccess;
-    case CUDA_ERROR_INVALID_HANDLE: return stub_fail(cudaErrorInvalidResourceHandle);
-    case CUDA_ERROR_STREAM_CAPTURE_IMPLICIT: return stub_fail(cudaErrorStreamCaptureImplicit);
-    default: return stub_fail(cudaErrorInvalidConfiguration);
+    case CUDA_SUCCESS:
+      return cudaSuccess;
+    case CUDA_ERROR_INVALID_HANDLE:
+      return stub_fail(cudaErrorInvalidResourceHandle);
+    case CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
+      return stub_fail(cudaErrorStreamCaptureImplicit);
+    default:
+      return stub_fail(cudaErrorInvalidConfiguration);
   }
 }
 

@@ -106,8 +106,8 @@ CUresult cuModuleLoad(CUmodule* module, const char* path) {
   char* image = calloc(1, size + 1);
   size = fread(image, 1, size, file);
   fclose(file);
-  CUresult result = size < sizeof(Elf64_Ehdr) ? CUDA_ERROR_INVALID_IMAGE
-                                              : cuModuleLoadData(module, image);
+  CUresult result =
+      size < sizeof(Elf64_Ehdr) ? CUDA_ERROR_INVALID_IMAGE : cuModuleLoadData(module, image);
   free(image);
   return result;
 }
@@ -222,9 +222,9 @@ cudaError_t cudaFuncSetAttribute(const void* function, enum cudaFuncAttribute wh
   return cudaSuccess;
 }
 
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* count,
-                                                                   const void* function, int threads,
-                                                                   size_t shared, unsigned flags) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* count, const void* function,
+                                                                   int threads, size_t shared,
+                                                                   unsigned flags) {
   *count = 8;
   return cudaSuccess;
 }

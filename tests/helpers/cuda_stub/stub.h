@@ -13,15 +13,15 @@ extern long stub_runtime_launches;  // kernels and memsets through the runtime; 
 extern long stub_driver_launches;   // kernels through the driver: Triton's, Inductor's, NVRTC's
 extern long stub_copies;
 extern long stub_allocations;
-extern long stub_waits;  // the host waited for a device, a stream or an event
-extern long stub_file_calls;      // the host looked at the file system
+extern long stub_waits;       // the host waited for a device, a stream or an event
+extern long stub_file_calls;  // the host looked at the file system
 
 // A kernel: of a module that was loaded through the driver, or one that nvcc registered.
 typedef struct {
-  const char* name;    // the entry's name; mangled for C++
-  const void* image;   // what was loaded: a cubin, PTX, or nvcc's fat binary
-  size_t image_size;   // 0 if it is not known
-  int device;          // where the module is loaded; -1: on any device
+  const char* name;   // the entry's name; mangled for C++
+  const void* image;  // what was loaded: a cubin, PTX, or nvcc's fat binary
+  size_t image_size;  // 0 if it is not known
+  int device;         // where the module is loaded; -1: on any device
 } StubKernel;
 
 // A launch, as the hook gets it. `parameters` points at the kernel's arguments, one by one.
