@@ -142,10 +142,10 @@ def _calls(effort: Effort, device: str, backend: str, compiled: bool) -> Any:
 def _operator_works(
     label: str, forward: Any, backward: Any, z: Any, t: Any, g: Any
 ) -> tuple[Work, Work]:
-    dim = z.ndim - 1
+    given = (z, t, None, None, None, z.ndim - 1, MARGIN, "none")
     return (
-        Work(FORWARD + label, lambda: forward(z, t, None, dim, MARGIN), context=torch.no_grad),
-        Work(BACKWARD + label, lambda: backward(g, z, t, None, dim, MARGIN), context=torch.no_grad),
+        Work(FORWARD + label, lambda: forward(*given), context=torch.no_grad),
+        Work(BACKWARD + label, lambda: backward(g, *given), context=torch.no_grad),
     )
 
 

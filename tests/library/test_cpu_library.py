@@ -307,8 +307,9 @@ COMPUTE = (
     "import sys\n" + DEFINE + "torch.ops.load_library(sys.argv[1])\n"
     "z = torch.arange(32.0).view(2, 16)\n"
     "t = torch.tensor([3.25, 14.0])\n"
-    "loss = torch.ops.dflkern._cpu_dfl_loss(z, t, None, 1, 0.01)\n"
-    "grad = torch.ops.dflkern._cpu_dfl_loss_backward(torch.ones(2), z, t, None, 1, 0.01)\n"
+    "given = (z, t, None, None, None, 1, 0.01, 'none')\n"
+    "loss = torch.ops.dflkern._cpu_dfl_loss(*given)\n"
+    "grad = torch.ops.dflkern._cpu_dfl_loss_backward(torch.ones(2), *given)\n"
     "decoded = torch.ops.dflkern._cpu_dfl_decode(torch.zeros(9, 16), None, 1)\n"
     "print(torch.__version__, decoded.sum().item(), loss.tolist(), grad.sum().item())"
 )
