@@ -17,6 +17,7 @@ from .detection import (
     pack_targets,
     task_aligned_assign,
 )
+from .detection_loss import DetectionLoss, DetectionLosses
 from .functional import box_loss, decode_boxes, dfl_decode, dfl_loss, dfl_loss_and_decode, explain
 from .geometry import bbox2dist, dfl_targets, dist2bbox, make_anchors
 from .iou import paired_box_iou
@@ -33,6 +34,8 @@ __all__ = [
     "BoxLoss",
     "DFLDecode",
     "DFLoss",
+    "DetectionLoss",
+    "DetectionLosses",
     "bbox2dist",
     "box_loss",
     "class_loss",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .modes import is_observed
+
+Made = TypeVar("Made")
 
 
 def resolve(
@@ -30,16 +33,28 @@ def resolve(
 
 @functools.lru_cache(maxsize=64)
 def cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that any later call may use, whatever the mode of the call that made it.
+    """A tensor of these numbers that any later call may use."""
+    words = "the project given as numbers", "pass project as a tensor"
+    make = functools.partial(torch.tensor, values, dtype=dtype, device=device)
+    return outside_modes(make, device, words)
+
+
+def outside_modes(make: Callable[[], Made], device: torch.device, words: tuple[str, str]) -> Made:
+    """What `make` returns, made in no mode of the caller, so that later calls may use it.
 
     Modes (inference, FakeTensorMode, a memory pool of torch.compile's CUDA graphs) hold for a
-    thread, so the tensor is made in a thread of its own.
+    thread, so it is made in a thread of its own.
+
+    Args:
+        make: makes tensors.
+        device: where they are.
+        words: what they are, and what else a caller who captures a CUDA graph can do.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        what, way = words
         raise RuntimeError(
-            "dflkern: the project given as numbers is not on the device yet, and it cannot be "
-            "copied there while a CUDA graph is being captured. Run the call once before the "
-            "capture, or pass project as a tensor."
+            f"dflkern: {what} is not on the device yet, and it cannot be copied there while a CUDA "
+            f"graph is being captured. Run the call once before the capture, or {way}."
         )
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(torch.tensor, values, dtype=dtype, device=device).result()
+        return thread.submit(make).result()
