@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -200,10 +200,11 @@ class DetectionLoss(nn.Module):
             image_size = image_size or (height * first, width * first)
             box_logits = torch.cat([level.flatten(2) for level in box_logits], 2)
             class_logits = torch.cat([level.flatten(2) for level in class_logits], 2)
+        assert isinstance(box_logits, Tensor)
         assert isinstance(class_logits, Tensor)
         if self.num_bins > 1:
             box_logits = box_logits.unflatten(1, (4, self.num_bins))
-        return _Head(box_logits, class_logits, points, stride, image_size)
+        return _Head(cast(Tensor, box_logits), class_logits, points, stride, image_size)
 
     def _boxes(self, head: _Head) -> Tensor:
         """(B, 4, A) in pixels, without a gradient."""

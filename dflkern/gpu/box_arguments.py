@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..box_problem import BoxProblem
+from .box_problem import BoxProblem
 from .launch_plan import ELEMENT, STEPS, Step, blocks
 
 BLOCK = 128  # anchors of a block

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..box_problem import BoxProblem
 from ..problem import Problem, compute_dtype, describe_besides
+from .box_problem import BoxProblem
 from .launch_plan import LaunchPlan, Start, steps
 from .plans import plan
 from .triton import kernel_of

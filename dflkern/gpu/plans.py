@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from ..box_problem import BoxProblem
 from ..problem import Problem
 from .arguments import grid_axes
+from .box_problem import BoxProblem
 from .cuda.box_plans import plan_boxes as plan_cuda_boxes
 from .cuda.plans import plan_distributions as plan_cuda_distributions
 from .launch_plan import GRID_LIMIT, STEPS, LaunchPlan

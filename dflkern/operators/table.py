@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..box_problem import BoxProblem, describe_boxes
 from ..geometry import column
+from ..gpu.box_problem import BoxProblem, describe_boxes
 from ..problem import Problem, compute_dtype, describe_besides, describe_tensor
 
 Arguments = dict[str, Any]

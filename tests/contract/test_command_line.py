@@ -78,7 +78,7 @@ def test_imports_point_one_way():
     """checks, problem ← reference ← cpu, gpu ← operators ← functional ← modules ← the rest."""
     order = (
         ("checks", "problem", "library", "interception"),
-        ("box_problem", "geometry"), ("iou",),
+        ("geometry",), ("iou",),
         ("reference",), ("cpu",), ("gpu",), ("operators",), ("detection",), ("functional",),
         ("modules", "detection_loss"), ("__init__", "adapters", "doctor"), ("commands",),
         ("demo", "bench"),

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from dflkern.box_problem import describe_boxes
 from dflkern.cpu.compiler import sources
 from dflkern.gpu import plan, prefers_triton
+from dflkern.gpu.box_problem import describe_boxes
 from dflkern.gpu.cuda import nvrtc
 from dflkern.gpu.cuda.plans import SHARED_LIMIT
 from dflkern.library import BuildError

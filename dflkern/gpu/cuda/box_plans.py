@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...box_problem import BoxProblem
 from ...checks import IOU_KINDS
 from ..box_arguments import BLOCK, SUMS, box_grid, pointers_of, programs_of, whole_granules
+from ..box_problem import BoxProblem
 from ..launch_plan import ELEMENT, Argument, LaunchPlan, Step
 from .plans import FIXED_BINS
 

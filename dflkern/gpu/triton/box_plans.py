@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...box_problem import BoxProblem
 from ..box_arguments import (
     BLOCK,
     SUMS,
@@ -14,6 +13,7 @@ from ..box_arguments import (
     programs_of,
     whole_granules,
 )
+from ..box_problem import BoxProblem
 from ..launch_plan import UNROLLED_BINS, LaunchPlan, Step, blocks
 from .plans import triton_plan
 

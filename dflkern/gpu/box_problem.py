@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Problem, describe, strides_like
+from ..problem import Problem, describe, strides_like
 
 
 class Strides(NamedTuple):
