@@ -260,7 +260,8 @@ def _expected(case, inputs, dim, double):
         return value.double() if value is not None and value.is_floating_point() else value
 
     values = {role: exact(value) if double else value for role, value in inputs.items()}
-    made = ALL[case.op].evaluate({**values, **settings_of(case, dim)})
+    op = ALL[case.op]
+    made = op.evaluate({**op.defaults, **values, **settings_of(case, dim)})
     results = dict(
         zip(ALL[case.op].results, made if isinstance(made, tuple) else (made,), strict=True)
     )
@@ -273,4 +274,5 @@ def _expected(case, inputs, dim, double):
 
 def settings_of(case, dim):
     """All arguments that are no tensors."""
-    return {"dim": dim, "margin": MARGIN, "box_format": case.box_format, "iou": case.iou}
+    settings = {"margin": MARGIN, "box_format": case.box_format, "iou": case.iou}
+    return {"dim": dim, "reduction": "sum", **settings}
