@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..problem import Problem, compute_dtype, describe_besides
 from .box_problem import BoxProblem
-from .launch_plan import LaunchPlan, Start, steps
+from .launch_plan import Argument, LaunchPlan, Start, steps
 from .plans import plan
 from .triton import kernel_of
 
@@ -41,16 +42,53 @@ class Ready(NamedTuple):
     counts: bool
 
 
-def why_not(device: torch.device) -> list[str]:
+def why_not(device: torch.device) -> tuple[str, ...]:
     """Why the Triton kernels cannot serve a device; empty if they can."""
+    if device.type == "cuda":
+        return _why_not_gpu(device)
     if device.type == "cpu" and not interpreted():
-        return [
+        return (
             "the logits are on the CPU, where Triton runs only in its interpreter "
-            "(TRITON_INTERPRET=1, set before the first use, for tests)"
-        ]
-    if device.type not in ("cpu", "cuda"):
-        return [f'there is no Triton for the device type "{device.type}"']
-    return []
+            "(TRITON_INTERPRET=1, set before the first use, for tests)",
+        )
+    return () if device.type == "cpu" else (f'there is no Triton for the device "{device.type}"',)
+
+
+PROBE = LaunchPlan(
+    "probe", "triton", "probe_kernel", (1, 1, 1), (32, 1, 1), (Argument("n", "i32", 1),),
+    (("BLOCK", 32),),
+)  # fmt: skip
+
+
+@functools.cache
+def _why_not_gpu(device: torch.device) -> tuple[str, ...]:
+    """Why a GPU cannot run Triton kernels, as one that does nothing shows; it is warned of, once.
+
+    Raises:
+        RuntimeError: if a CUDA graph is being captured.
+    """
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "dflkern: no Triton kernel has run on this GPU yet, and none can be loaded while a "
+                "CUDA graph is being captured. Run the call once before the capture."
+            )
+        index = torch.cuda.current_device()
+        try:
+            loaded(PROBE, index)(1, 1, 1, current_stream(index), 1)
+        except Exception as error:  # of any kind: of Triton, a C compiler, the driver, a folder
+            reason = f"{device} cannot run them: {_first_line(error)}"
+            warnings.warn(
+                f"dflkern: no Triton kernels: {reason}. Calls run on the next backend.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return (reason,)
+    return ()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def interpreted() -> bool:

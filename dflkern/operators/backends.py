@@ -60,7 +60,8 @@ def decide(op: Operator, arguments: Mapping[str, Any]) -> str:
         choice = _choose_on_cpu(op.kernels, name)
     elif op.problem is not None and not _may_be_beyond_grid(op, main):
         dim = arguments["dim"]
-        key = op, name, main.device, main.shape[dim], main.stride(dim) == 1
+        limits = tuple(op.limits(arguments).items()) if op.limits is not None else ()
+        key = op, name, main.device, main.shape[dim], main.stride(dim) == 1, limits
         found = _choices.get(key)
         if found is None:
             found = _choices[key] = choose(kind_of(op, arguments), name)

@@ -141,3 +141,14 @@ def test_explain(gpu_kernels, device):
     assert f"{gpu_kernels[0]}: serves it" in text
     assert text.count(", then ") == 1
     assert "decode" in dflkern.explain("decode_boxes", logits, points)
+
+
+def test_a_choice_for_one_reduction_is_not_taken_for_another(gpu_kernels, device):
+    """No GPU kernel has the losses of each anchor, whatever was called before."""
+    logits, _ = logits_of("rows", 16, torch.float32, device)
+    points, boxes, foreground = step_of(16, device)
+    weight = torch.ones(BATCH, ANCHORS, device=device)
+    given = (logits, points, boxes, weight)
+    dflkern.box_loss(*given, 1.0, foreground=foreground)
+    with pytest.raises(RuntimeError, match='no kernel of box_loss with reduction="none"'):
+        dflkern.box_loss(*given, None, foreground=foreground, reduction="none")

@@ -11,6 +11,8 @@ from __future__ import annotations
 import atexit
 import functools
 import inspect
+import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +61,12 @@ def options_of(plan: LaunchPlan) -> dict[str, Any]:
 
 
 def load(plan: LaunchPlan) -> Start:
-    """Compile a plan's kernel for the current device and load it there."""
+    """Compile a plan's kernel for the current device and load it there.
+
+    Raises:
+        OSError: if no kernel can be kept in the folder of Triton's cache.
+    """
+    check_cache()
     kernel = kernel_of(plan.kernel)
     if not starts_directly():
         return _by_keywords(plan, kernel)
@@ -101,6 +108,18 @@ def load(plan: LaunchPlan) -> Start:
         scope,
     )
     return start
+
+
+@functools.cache
+def check_cache() -> None:
+    """See to it that kernels can be kept: later, an OSError would come out of any call."""
+    folder = Path(knobs.cache.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(
+            f"the folder of Triton's cache, {folder}, cannot be written to; name another one in "
+            "the environment variable TRITON_CACHE_DIR"
+        )
 
 
 def _needs_no_wrapper(launcher: Any) -> bool:
