@@ -86,7 +86,7 @@ def with_project(arguments: Arguments) -> Arguments:
     """The arguments, with the positions of the bins as a tensor if any are given."""
     logits, project = arguments["logits"], arguments["project"]
     dtype = compute_dtype(logits.dtype)
-    found = positions.resolve(project, arguments["positions"], dtype, logits.device)
+    found = positions.resolve(project, arguments["positions"], dtype, logits)
     return {**arguments, "project": found}
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .modes import is_observed
+from .modes import is_transformed
 
 Made = TypeVar("Made")
 
@@ -19,16 +19,21 @@ def resolve(
     project: Tensor | None,
     positions: Sequence[float] | None,
     dtype: torch.dtype,
-    device: torch.device,
+    logits: Tensor,
 ) -> Tensor | None:
-    """The bins' positions, contiguous in a compute dtype; None for 0, 1, …, K − 1."""
+    """The bins' positions, contiguous in a compute dtype; None for 0, 1, …, K − 1.
+
+    Dispatch modes alone do not matter: torch.compile records a CUDA graph under one, in which
+    nothing can be copied to the device.
+    """
     if project is not None:
         return project.to(dtype).contiguous()
     if positions is None:
         return None
-    if is_observed():  # the tensor belongs to whoever observes
-        return torch.tensor(positions, dtype=dtype, device=device)
-    return cached(tuple(positions), dtype, device)
+    if type(logits) is not Tensor or is_transformed() or torch._C._is_tracing():
+        # The tensor belongs to whoever observes the call
+        return torch.tensor(positions, dtype=dtype, device=logits.device)
+    return cached(tuple(positions), dtype, logits.device)
 
 
 @functools.lru_cache(maxsize=64)

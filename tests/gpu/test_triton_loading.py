@@ -36,6 +36,28 @@ REFUSALS = {  # what is wrong: how, the environment, and what the warning must s
 }  # fmt: skip
 
 
+DAMAGE = """
+import pathlib
+for path in pathlib.Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*_kernel.json"):
+    path.write_text(path.read_text()[:-9])
+"""
+COMPILED = """
+import torch, dflkern
+logits = torch.empty(5, 4, 16, device="cuda", requires_grad=True)
+target = torch.empty(5, 4, device="cuda")
+for project in (None, [0.5 * k for k in range(16)], torch.empty(16, device="cuda")):
+    torch._dynamo.reset()
+    def loss(logits, target):
+        decoded = dflkern.dfl_decode(logits, project=project)
+        return dflkern.dfl_loss(logits, target, project=project, reduction="mean") + decoded.sum()
+    compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # warm-up, capture, replays
+        compiled(logits, target).backward()
+        logits.grad = None  # of the graph, whose next run overwrites it
+    loss(logits, target).backward()
+"""
+
+
 def run(on_stub, tmp_path, before, environment):
     settings = on_stub() | {"TRITON_CACHE_DIR": str(tmp_path / "triton"), **environment}
     done = subprocess.run(
@@ -64,3 +86,18 @@ def test_where_a_gpu_cannot_run_them_the_next_backend_serves(on_stub, tmp_path, 
     assert sum("no Triton kernels" in each for each in found["warnings"]) == 1
     assert "triton: no, cuda:0 cannot run them" in found["explained"][1]
     assert any(": serves it" in line for line in found["explained"][2:])
+
+
+def test_a_damaged_kernel_is_compiled_anew(on_stub, tmp_path):
+    run(on_stub, tmp_path, "", {})
+    assert list(tmp_path.glob("triton/*/*_kernel.json"))
+    found = run(on_stub, tmp_path, DAMAGE, {})
+    assert found["warnings"] == []
+    assert "triton: serves it" in found["explained"][1]
+
+
+def test_compiled_into_cuda_graphs_with_every_kind_of_project(on_stub, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=on_stub(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

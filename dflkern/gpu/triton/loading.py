@@ -70,13 +70,11 @@ def load(plan: LaunchPlan) -> Start:
     kernel = kernel_of(plan.kernel)
     if not starts_directly():
         return _by_keywords(plan, kernel)
-    compiled = triton.compile(source_of(plan), options=options_of(plan))
-    # Else it unloads itself after Triton's own modules are gone, and Python prints the exception
-    atexit.register(setattr, compiled, "module", None)
+    compiled = _compile(plan)
     given = {argument.name: f"a{i}" for i, argument in enumerate(plan.arguments)}
     # The launcher takes all parameters in their order, and reads no constants
     every = ", ".join(given.get(name, "None") for name in kernel.arg_names)
-    run = compiled.run  # loads the machine code
+    run = compiled.run
     scope = {
         "run": run,
         "function": compiled.function,
@@ -108,6 +106,24 @@ def load(plan: LaunchPlan) -> Start:
         scope,
     )
     return start
+
+
+def _compile(plan: LaunchPlan) -> Any:
+    """A plan's compiled kernel, loaded; compiled anew where Triton's cache holds a damaged one."""
+    try:
+        return _compile_once(plan)
+    except Exception:  # of any kind: from a file that is no JSON, or no machine code
+        with knobs.compilation.scope():
+            knobs.compilation.always_compile = True
+            return _compile_once(plan)
+
+
+def _compile_once(plan: LaunchPlan) -> Any:
+    compiled = triton.compile(source_of(plan), options=options_of(plan))
+    # Else it unloads itself after Triton's own modules are gone, and Python prints the exception
+    atexit.register(setattr, compiled, "module", None)
+    assert compiled.run is not None  # asking for it loads the machine code
+    return compiled
 
 
 @functools.cache
