@@ -248,8 +248,11 @@ def _held(
 
 
 def _prepared(value: Tensor, dtype: torch.dtype) -> Tensor:
-    if value.dtype == torch.bool:
-        return value.contiguous().view(torch.uint8)
+    in_order = value.is_contiguous()
+    if in_order and value.dtype is dtype and value.data_ptr() % 16 == 0:
+        return value  # before anything that costs time
+    if value.dtype is torch.bool:
+        return value if in_order and value.is_cuda else value.contiguous().view(torch.uint8)
     return packed(value.to(dtype))
 
 
